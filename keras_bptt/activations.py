@@ -1,0 +1,148 @@
+"""The activation f of a recurrent step and what a gradient needs of it.
+
+f acts on the pre-activation z_t. The backward pass needs delta = J_f(z)^T a. For an
+elementwise f that is f'(z) * a, and for the common ones f' is a function of h = f(z), so
+that nothing but h has to be kept. An f that mixes units (softmax) has a Jacobian, not a
+slope; an elementwise formula would be silently wrong, so every unfamiliar f is probed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt.explicit import vjp
+
+# f' as a function of h = f(z), with the conventions of TensorFlow's own gradients at kinks.
+# Only functions whose f'(h) is as accurate as f'(z) stand here; softsign's is not.
+_SELU_SCALE = 1.0507009873554804934193349852946
+_SELU_SCALE_ALPHA = 1.7580993408473768599402175208123
+_SLOPES = {
+    "linear": tf.ones_like,
+    "tanh": lambda h: 1 - h * h,
+    "sigmoid": lambda h: h * (1 - h),
+    "relu": lambda h: tf.cast(h > 0, h.dtype),
+    "leaky_relu": lambda h: tf.where(h > 0, tf.ones_like(h), tf.cast(0.2, h.dtype)),
+    "elu": lambda h: tf.where(h < 0, h + 1, tf.ones_like(h)),
+    "selu": lambda h: tf.where(
+        h < 0,
+        h + tf.cast(_SELU_SCALE_ALPHA, h.dtype),
+        tf.cast(_SELU_SCALE, h.dtype),
+    ),
+    "softplus": lambda h: -tf.math.expm1(-h),
+    "exponential": lambda h: h,
+}
+_KNOWN = {getattr(keras.activations, name): slope for name, slope in _SLOPES.items()}
+_KNOWN |= {
+    getattr(tf.nn, name): _SLOPES[name] for name in ("tanh", "sigmoid", "relu", "elu")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """f with its derivatives; hashable, so that it can name a cached graph.
+
+    Attributes:
+        function: f, from (batch, units) to (batch, units).
+        slope_of_output: f' as a function of h = f(z), or None.
+        mixes: whether an output depends on more than the one input at its place.
+    """
+
+    function: Callable
+    slope_of_output: Callable | None = None
+    mixes: bool = False
+
+    def slope(self, z, h):
+        """f' of an elementwise f, from h = f(z) where that tells it."""
+        if self.slope_of_output is not None:
+            return self.slope_of_output(h)
+        return self.vjp(z, tf.ones_like(z))
+
+    def vjp(self, z, u):
+        """J_f(z)^T u, the vector-Jacobian product, for z and u (..., units)."""
+        # The user's function is promised (batch, units), whatever it is called with here.
+        rows = tf.reshape(z, [-1, z.shape[-1]])
+        u = tf.reshape(u, tf.shape(rows))
+        return tf.reshape(vjp(self.function, (rows,), (u,))[0], tf.shape(z))
+
+    def jvp(self, z, u):
+        """J_f(z) u, as the transpose of the map `vjp`, which is linear in u."""
+        return vjp(lambda u: self.vjp(z, u), (tf.zeros_like(u),), (u,))[0]
+
+
+def resolve(function: Callable, units: int, dtype: str) -> Activation:
+    """Return the `Activation` of `function`, probing it where it is not a known one.
+
+    Raises:
+        ValueError: where `function` changes the shape or dtype of its input, reads a
+            trainable variable, mixes the examples of a batch, or gives two results for
+            one input.
+    """
+    if function in _KNOWN:
+        return Activation(function, _KNOWN[function])
+    # Probe with numbers, also where a graph is being traced.
+    with tf.init_scope():
+        return Activation(function, mixes=_probe(function, units, dtype))
+
+
+def _probe(function, units, dtype):
+    """Whether any unit moves when only other units of its row move."""
+    rng = np.random.default_rng(0)
+    shape = (4, units)
+    row, unit = np.indices(shape)
+    mixes = False
+    for scale in (0.3, 1.0, 4.0):
+        base, other = rng.normal(0, scale, (2, *shape))
+        h = _evaluate(function, base, dtype)
+
+        def moved_beside(moved, base=base, other=other, h=h):
+            new = _evaluate(function, np.where(moved, other, base), dtype)
+            same = (new == h) | (np.isnan(new) & np.isnan(h))
+            return np.any(~same & ~moved)
+
+        if moved_beside(np.zeros(shape, bool)):
+            raise ValueError(
+                "`activation` must give one result for one input, for the backward pass "
+                f"evaluates it again. Received: activation={function}, which is random. "
+                "Use `dropout`, `recurrent_dropout` or a noise layer before this one."
+            )
+        if any(map(moved_beside, _halves(row))):
+            raise ValueError(
+                "`activation` must treat each example of a batch alone. Received: "
+                f"activation={function}, which mixes them. Reduce over axis=-1 only."
+            )
+        mixes = mixes or any(map(moved_beside, _halves(unit)))
+    return mixes
+
+
+def _halves(index):
+    """Sets of places such that any two indices are told apart by one of them.
+
+    Two indices differ in some bit: the set that has it holds one of them, its complement
+    the other. So 2 log2(n) sets do what n single ones would.
+    """
+    for bit in range(int(index.max()).bit_length()):
+        yield index >> bit & 1 == 0
+        yield index >> bit & 1 == 1
+
+
+def _evaluate(function, z, dtype):
+    z = tf.cast(z, dtype)
+    with tf.GradientTape() as tape:
+        h = tf.convert_to_tensor(function(z))
+    if tape.watched_variables():
+        names = ", ".join(variable.name for variable in tape.watched_variables())
+        raise ValueError(
+            "`activation` must not read trainable variables: their gradient would be "
+            f"lost. Received: activation={function}, which reads {names}. Make the "
+            "variable non-trainable, or pass activation=None and apply it as a layer."
+        )
+    if h.shape != z.shape or h.dtype != z.dtype:
+        raise ValueError(
+            f"`activation` must keep shape and dtype. Received: activation={function}, "
+            f"which turns {tuple(z.shape)} {z.dtype.name} into {tuple(h.shape)} "
+            f"{h.dtype.name}. Pass a function of one tensor that returns one like it."
+        )
+    return h.numpy().astype(float)

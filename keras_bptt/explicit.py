@@ -1,0 +1,150 @@
+"""Join a forward and a backward computation: `tf.custom_gradient`, with its traps disarmed.
+
+The functions joined here hold the mathematics; this module holds none. Four facts about
+TensorFlow shape it:
+
+* The tape must not record what happens inside the forward computation, else it keeps every
+  intermediate of the loop and may try to differentiate the loop itself. So `forward` sees
+  its arguments through `tf.stop_gradient`.
+* A gradient is itself differentiated for derivatives of higher order. Inside the decorated
+  function the outputs are cut off from the arguments (above), so `backward` must use the
+  *outer* outputs, the tensors that the decorated call gave back to its caller. With the
+  inner ones second derivatives would be silently wrong.
+* A reloaded SavedModel hands in missing cotangents as zeros whose unknown dimensions are 1,
+  so cotangents are broadcast to their outputs' shapes.
+* Inside a `tf.function` a forward-mode tangent follows the operations of the decorated
+  function, not its gradient, and would die silently at the `stop_gradient`.
+
+Whatever is differentiable must be an argument of the joined operation. Constants (masks,
+dropout factors) may be captured: a captured tensor silently has no gradient.
+"""
+
+import functools
+from collections.abc import Callable
+
+import tensorflow as tf
+
+_NO_FORWARD_MODE = (
+    "BPTTRNN has no forward-mode derivative (tf.autodiff.ForwardAccumulator) inside a "
+    "tf.function. Use the accumulator in eager mode, or compute the product J v by two "
+    "tf.GradientTapes: the gradient of <u, J v> with respect to u."
+)
+
+
+def explicit(forward: Callable, backward: Callable) -> Callable:
+    """Return `forward` as a differentiable operation whose gradient is `backward`.
+
+    Args:
+        forward: `forward(*args) -> (outputs, residuals)`: a tuple of tensors for the
+            caller, and whatever the backward pass is to keep.
+        backward: `backward(args, outputs, residuals, cotangents) -> gradients`, one for
+            each argument. To be differentiable itself it must be made of differentiable
+            operations of `args`, `outputs` and `cotangents`; `residuals` are numbers, cut
+            off from the arguments.
+
+    Returns:
+        A function of tensors that returns the tuple `outputs`.
+    """
+
+    def call(*args):
+        outer = []
+
+        @tf.custom_gradient
+        def operation(*args):
+            _refuse_forward_mode(args)
+            outputs, residuals = forward(*map(tf.stop_gradient, args))
+
+            def grad(*cotangents):
+                # Only eager forward mode asks for the gradient before the call returns;
+                # it needs the first derivative alone, so the inner outputs will do.
+                current = outer[0] if outer else outputs
+                cotangents = tuple(map(_like, cotangents, current))
+                return tuple(backward(args, current, residuals, cotangents))
+
+            return tuple(outputs), grad
+
+        outer.append(operation(*args))
+        return outer[0]
+
+    return call
+
+
+def explicit_first_order(
+    forward: Callable, backward: Callable, composed: Callable
+) -> Callable:
+    """Return `forward` with the gradient `backward`, and higher derivatives of `composed`.
+
+    Args:
+        forward: `forward(*args) -> (outputs, residuals)`.
+        backward: `backward(args, residuals, cotangents) -> gradients`, plain numbers: it
+            is never differentiated.
+        composed: `composed(*args) -> outputs`, the same function made of differentiable
+            operations. It is evaluated only where a second derivative is asked for.
+    """
+
+    def gradients(args, outputs, residuals, cotangents):
+        del outputs
+        number = len(args)
+
+        def values(*both):
+            return backward(both[:number], residuals, both[number:]), ()
+
+        def derivative(both, outputs, residuals, cotangents):
+            del outputs, residuals  # recomputed, and so connected to the arguments
+            return vjp(
+                lambda *both: vjp(composed, both[:number], both[number:]),
+                both,
+                cotangents,
+            )
+
+        return explicit(values, derivative)(*args, *cotangents)
+
+    return explicit(forward, gradients)
+
+
+def vjp(function: Callable, args, cotangents):
+    """The gradients of <function(*args), cotangents> by `args`; zeros where unconnected."""
+    with tf.GradientTape() as tape:
+        tape.watch(args)
+        outputs = function(*args)
+    return tape.gradient(
+        outputs,
+        args,
+        cotangents,
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+
+
+def run(function: Callable, options, *tensors):
+    """Return `function(options, *tensors)`, as one cached graph where the caller is eager.
+
+    An eager `tf.while_loop` is a Python loop over single operations. The function and the
+    hashable `options` are the key of the cache.
+    """
+    if tf.executing_eagerly():
+        return _graph(function, options)(*tensors)
+    return function(options, *tensors)
+
+
+@functools.lru_cache(maxsize=256)
+def _graph(function, options):
+    return tf.function(
+        functools.partial(function, options), reduce_retracing=True, autograph=False
+    )
+
+
+def _like(cotangent, output):
+    if cotangent.shape.is_fully_defined() and cotangent.shape == output.shape:
+        return cotangent
+    return tf.broadcast_to(cotangent, tf.shape(output))
+
+
+def _refuse_forward_mode(tensors):
+    """Raise where a forward-mode tangent arrives in a graph; cost nothing elsewhere.
+
+    Nothing uses the result of PreventGradient, so no tape ever differentiates it and the
+    runtime prunes it; only an accumulator differentiates an operation as it is made.
+    """
+    if not tf.executing_eagerly():
+        for tensor in tensors:
+            tf.raw_ops.PreventGradient(input=tensor, message=_NO_FORWARD_MODE)

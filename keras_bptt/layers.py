@@ -1,0 +1,211 @@
+"""BPTTRNN: configuration, state, masks and dtype. No derivative is written here."""
+
+import inspect
+import numbers
+
+import keras
+import tensorflow as tf
+
+from keras_bptt.activations import resolve
+from keras_bptt.recurrence import Constants, Recurrence, recurrence
+
+if keras.config.backend() != "tensorflow":
+    raise ImportError(
+        "keras_bptt needs the TensorFlow backend of Keras: its gradient is a "
+        f"tf.custom_gradient. Received: backend {keras.config.backend()!r}. Set the "
+        "environment variable KERAS_BACKEND=tensorflow before keras is imported."
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_bptt")
+class BPTTRNN(keras.layers.SimpleRNN):
+    """Fully-connected RNN whose gradient is explicit backpropagation through time.
+
+    Use it wherever `keras.layers.SimpleRNN` stands: it takes the same arguments, has the
+    same weights and gives the same outputs and gradients. The gradient is written out
+    instead of being left to automatic differentiation of a `while` loop. Time: one matrix
+    product of size (batch, units) x (units, units) per step and direction; the input
+    projection and every weight gradient are one large product over all steps. Memory
+    between the passes: the states, (timesteps, batch, units), and nothing else.
+
+    Forward, for t = 1 ... T, in row vectors, with `x_t`, `h_t`, `W`, `U`, `b`, `h_0` =
+    a step of `inputs`, the hidden state, `kernel`, `recurrent_kernel`, `bias`,
+    `initial_state`, and f = `activation`:
+
+        z_t = x_t W + h_{t-1} U + b
+        h_t = f(z_t)
+
+    Backward, for t = T ... 1, with e_t = dL/dh_t through the outputs of step t alone (the
+    cotangent) and delta_{T+1} = 0:
+
+        a_t     = e_t + delta_{t+1} U^T          the adjoint, dL/dh_t in full
+        delta_t = a_t * f'(z_t)                  dL/dz_t
+        dL/dW = sum_t x_t^T delta_t     dL/dU = sum_t h_{t-1}^T delta_t
+        dL/db = sum_t delta_t           dL/dx_t = delta_t W^T    dL/dh_0 = delta_1 U^T
+
+    At a masked step the state stays, h_t = h_{t-1}, and the adjoint passes through;
+    `dropout` scales x_t and `recurrent_dropout` scales h_{t-1} in all of the above.
+
+    Gradients are exact with respect to the inputs, the initial state and the weights, and
+    have exact derivatives of every order. For most activations f' is computed from h_t;
+    for any other function of one unit z_t is computed again. An activation that mixes
+    units, such as softmax, is found out when the layer is built, and costs one
+    vector-Jacobian product a step. Forward mode (`tf.autodiff.ForwardAccumulator`) works
+    eagerly and raises inside a `tf.function`.
+
+    Args:
+        units: Positive integer, the size of the hidden state.
+        activation: f. A name, a function of a (batch, units) tensor, or None for linear.
+            It must give one result for one input, treat each example alone and read no
+            trainable variable. Default: `"tanh"`.
+        **kwargs: Every other argument of `keras.layers.SimpleRNN`, with the same place,
+            meaning and default: `use_bias`, `kernel_initializer`,
+            `recurrent_initializer`, `bias_initializer`, the regularizers and
+            constraints of the three weights, `activity_regularizer`, `dropout`,
+            `recurrent_dropout`, `return_sequences`, `return_state`, `go_backwards`,
+            `stateful`, `unroll`, `zero_output_for_mask`, `seed`, `name`, `dtype`.
+
+    Call arguments:
+        sequences: The inputs, (batch, timesteps, features). Integers are promoted.
+        initial_state: A tensor (batch, units), or a list of one. Default: zeros, or the
+            last state where the layer is `stateful`.
+        mask: Boolean (batch, timesteps), False at steps to skip.
+        training: Whether dropout is applied.
+
+    Input shape:
+        (batch, timesteps, features). `timesteps` and `batch` may vary from call to call.
+
+    Output shape:
+        - With `return_sequences`: (batch, timesteps, units), else (batch, units).
+        - With `return_state`: that, and the last state (batch, units).
+
+    Raises:
+        ImportError: on import, where Keras runs on another backend than TensorFlow.
+        ValueError: for `units` that is no positive integer, an activation that breaks its
+            promises, and inputs, state or mask of a wrong shape.
+
+    Example:
+
+    >>> import numpy as np
+    >>> layer = BPTTRNN(4, return_sequences=True, return_state=True)
+    >>> sequence, state = layer(np.ones((2, 7, 3), "float32"))
+    >>> sequence.shape, state.shape
+    (TensorShape([2, 7, 4]), TensorShape([2, 4]))
+
+    References:
+        - Werbos, Backpropagation through time: what it does and how to do it, 1990.
+        - Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural
+          networks, 2013 (arXiv 1211.5063).
+        - Gal & Ghahramani, A theoretically grounded application of dropout in recurrent
+          neural networks, 2016 (arXiv 1512.05287): one mask for all steps.
+    """
+
+    def __init__(self, units, *args, **kwargs):
+        if (
+            isinstance(units, bool)
+            or not isinstance(units, numbers.Integral)
+            or units <= 0
+        ):
+            raise ValueError(
+                "`units` must be a positive integer, the size of the hidden state. "
+                f"Received: units={units!r}."
+            )
+        super().__init__(int(units), *args, **kwargs)
+        # `build` and `call` check shapes and say more than an InputSpec would.
+        self.input_spec = None
+
+    # The host's own signature, so that help() and completion tell it, whatever its version.
+    __init__.__signature__ = inspect.signature(keras.layers.SimpleRNN.__init__)
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        self._check_inputs(sequences_shape)
+        super().build(sequences_shape, initial_state_shape)
+        self._activation = resolve(
+            self.activation, self.units, self.cell.compute_dtype
+        )
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        self._check_inputs(sequences.shape)
+        self._check_mask(sequences.shape, mask)
+        return super().call(
+            sequences, initial_state=initial_state, mask=mask, training=training
+        )
+
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        cell = self.cell
+        h_0 = self._full_state(sequences, initial_state)
+        constants = Constants(
+            mask=None if mask is None else self._boolean(mask),
+            d=cell.get_dropout_mask(sequences[:, 0, :]) if training else None,
+            r=cell.get_recurrent_dropout_mask(h_0) if training else None,
+        )
+        options = Recurrence(
+            activation=self._activation,
+            return_sequences=self.return_sequences,
+            zero_output_for_mask=self.zero_output_for_mask,
+            go_backwards=self.go_backwards,
+            unroll=self.unroll,
+        )
+        # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
+        # itself, which the gradient would read outside the scope that casts it.
+        weights = [cell.kernel, cell.recurrent_kernel]
+        W, U = map(tf.convert_to_tensor, weights)
+        b = [] if cell.bias is None else [tf.convert_to_tensor(cell.bias)]
+        x = tf.cast(sequences, cell.compute_dtype)
+        y, state = recurrence(options, constants, x, W, U, h_0, *b)
+        if self.return_sequences:
+            return y[:, -1], y, [state]
+        return y, y[:, None], [state]
+
+    def _check_inputs(self, shape):
+        if len(shape) != 3 or shape[-1] is None:
+            raise ValueError(
+                f"{self.name} takes inputs of shape (batch, timesteps, features) with a "
+                f"fixed number of features. Received: shape {tuple(shape)}. Add the "
+                "missing axis with x[..., None] (one feature) or x[None] (one example), "
+                "or flatten what is too much with keras.layers.Reshape."
+            )
+        if self.built and shape[-1] != self.cell.kernel.shape[0]:
+            raise ValueError(
+                f"{self.name} was built for inputs with {self.cell.kernel.shape[0]} "
+                f"features. Received: shape {tuple(shape)}. Pass inputs with as many "
+                "features, or make another layer."
+            )
+
+    def _check_mask(self, shape, mask):
+        if mask is None:
+            return
+        given = tuple(mask.shape)
+        given = given[:2] if len(given) == 3 and given[2] == 1 else given
+        if len(given) != 2 or any(
+            None not in sizes and sizes[0] != sizes[1]
+            for sizes in zip(given, shape[:2], strict=True)
+        ):
+            raise ValueError(
+                f"{self.name} takes a `mask` of shape (batch, timesteps), here "
+                f"{tuple(shape[:2])}. Received: shape {tuple(mask.shape)}. Pass one "
+                "boolean for each step of each example, False at steps to skip."
+            )
+
+    def _boolean(self, mask):
+        mask = tf.cast(mask, tf.bool)
+        return mask[..., 0] if len(mask.shape) == 3 else mask
+
+    def _full_state(self, sequences, initial_state):
+        """The initial state, checked: a (1, units) one would broadcast silently."""
+        if not isinstance(initial_state, list | tuple):
+            initial_state = [initial_state]
+        shapes = [tuple(state.shape) for state in initial_state]
+        expected = (sequences.shape[0], self.units)
+        if len(shapes) != 1 or len(shapes[0]) != 2 or any(
+            None not in sizes and sizes[0] != sizes[1]
+            for sizes in zip(shapes[0], expected, strict=True)
+        ):
+            raise ValueError(
+                f"{self.name} takes one `initial_state` of shape (batch, units), here "
+                f"{expected}. Received: {len(shapes)} of shape "
+                f"{', '.join(map(str, shapes))}. Pass one state for each example."
+            )
+        # Where a size is known at run time only, this raises there.
+        state = tf.convert_to_tensor(initial_state[0])
+        return tf.reshape(state, [tf.shape(sequences)[0], self.units])
