@@ -21,6 +21,7 @@ dropout factors) may be captured: a captured tensor silently has no gradient.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -51,7 +52,6 @@ def explicit(forward: Callable, backward: Callable) -> Callable:
 
         @tf.custom_gradient
         def operation(*args):
-            _refuse_forward_mode(args)
             outputs, residuals = forward(*map(tf.stop_gradient, args))
 
             def grad(*cotangents):
@@ -69,49 +69,77 @@ def explicit(forward: Callable, backward: Callable) -> Callable:
     return call
 
 
-def explicit_first_order(
-    forward: Callable, backward: Callable, composed: Callable
-) -> Callable:
-    """Return `forward` with the gradient `backward`, and higher derivatives of `composed`.
+class Derivation(NamedTuple):
+    """A function and its first derivative, written twice: fast, and differentiable.
 
-    Args:
-        forward: `forward(*args) -> (outputs, residuals)`.
-        backward: `backward(args, residuals, cotangents) -> gradients`, plain numbers: it
-            is never differentiated.
-        composed: `composed(*args) -> outputs`, the same function made of differentiable
-            operations. It is evaluated only where a second derivative is asked for.
+    Attributes:
+        forward: `forward(options, constants, *args) -> (outputs, residuals)`.
+        backward: `backward(options, constants, residuals, cotangents, *args)` returns one
+            gradient for each argument. It is never differentiated.
+        composed: `composed(options, constants, *args) -> outputs`, the same function made
+            of differentiable operations. Its derivatives are those of second and higher
+            order; it is evaluated only where they are asked for.
     """
+
+    forward: Callable
+    backward: Callable
+    composed: Callable
+
+
+def explicit_first_order(derivation: Derivation, options, constants, *args):
+    """Return the outputs of `derivation.forward`, differentiable with respect to `args`.
+
+    `options` is static and hashable; `constants` are tensors without a gradient.
+    """
+    _refuse_forward_mode(args)
+
+    def forward(*args):
+        return run(derivation.forward, options, constants, *args)
 
     def gradients(args, outputs, residuals, cotangents):
         del outputs
-        number = len(args)
 
-        def values(*both):
-            return backward(both[:number], residuals, both[number:]), ()
+        def values(*tensors):
+            args, cotangents = tensors[:number], tensors[number:]
+            return run(
+                derivation.backward, options, constants, residuals, cotangents, *args
+            ), ()
 
-        def derivative(both, outputs, residuals, cotangents):
+        def second_order(tensors, outputs, residuals, cotangents):
             del outputs, residuals  # recomputed, and so connected to the arguments
-            return vjp(
-                lambda *both: vjp(composed, both[:number], both[number:]),
-                both,
-                cotangents,
-            )
+            static = (derivation.composed, options, number)
+            return run(_second_order, static, constants, tensors, cotangents)
 
-        return explicit(values, derivative)(*args, *cotangents)
+        number = len(args)
+        return explicit(values, second_order)(*args, *cotangents)
 
-    return explicit(forward, gradients)
+    return explicit(forward, gradients)(*args)
+
+
+def _second_order(static, constants, tensors, cotangents):
+    """The gradients of <gradients of composed, cotangents>."""
+    composed, options, number = static
+
+    def gradients(*tensors):
+        function = functools.partial(composed, options, constants)
+        return vjp(function, tensors[:number], tensors[number:])
+
+    return vjp(gradients, tensors, cotangents)
 
 
 def vjp(function: Callable, args, cotangents):
     """The gradients of <function(*args), cotangents> by `args`; zeros where unconnected."""
-    with tf.GradientTape() as tape:
-        tape.watch(args)
-        outputs = function(*args)
-    return tape.gradient(
-        outputs,
-        args,
-        cotangents,
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    zero = tf.UnconnectedGradients.ZERO
+    if tf.executing_eagerly():
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            outputs = function(*args)
+        return tape.gradient(outputs, args, cotangents, unconnected_gradients=zero)
+    # No tape here: while a forward-mode accumulator transposes a gradient, tapes record
+    # nothing. The identities make the arguments tensors of the graph being built.
+    args = [tf.identity(arg) for arg in args]
+    return tf.gradients(
+        function(*args), args, list(cotangents), unconnected_gradients=zero
     )
 
 

@@ -23,13 +23,12 @@ every order are exact, and the first pays nothing for them.
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
-from keras_bptt.explicit import explicit_first_order, run
+from keras_bptt.explicit import Derivation, explicit_first_order
 from keras_bptt.scans import (
     States,
     previous_states,
@@ -86,21 +85,18 @@ def recurrence(options: Recurrence, constants: Constants, x, W, U, h_0, *b):
         one (batch, units); and the last state (batch, units).
     """
 
-    def forward_(*args):
-        return run(forward, options, constants, *args)
-
-    def backward_(args, residuals, cotangents):
-        return run(backward, options, constants, residuals, cotangents, *args)
-
-    def composed(*args):
-        return outputs_and_states(states, options, constants, *args)[0]
-
-    return explicit_first_order(forward_, backward_, composed)(x, W, U, h_0, *b)
+    derivation = Derivation(forward, backward, composed)
+    return explicit_first_order(derivation, options, constants, x, W, U, h_0, *b)
 
 
 def forward(options, constants, *args):
     """Return the outputs, and h (timesteps, batch, units) for the backward pass."""
     return outputs_and_states(states_loop, options, constants, *args)
+
+
+def composed(options, constants, *args):
+    """Return the outputs, made of differentiable operations."""
+    return outputs_and_states(states, options, constants, *args)[0]
 
 
 def outputs_and_states(states, options, constants, x, W, U, h_0, *b):
