@@ -125,7 +125,7 @@ def backward(options, constants, h, cotangents, x, W, U, h_0, *b):
     if options.return_sequences:
         e, carry = shown(options, mask, to_time_major(dy)), ds
     else:
-        e, carry = None, ds + last_shown(options, mask, dy)
+        e, carry = tf.zeros_like(h), ds + last_shown(options, mask, dy)
     d_h_0, delta = adjoint_loop(options, constants, mask, h, z, U, e, carry)
 
     d_x = tf.tensordot(delta, W, [[2], [1]])
@@ -143,8 +143,8 @@ def adjoint_loop(options, constants, mask, h, z, U, e, carry):
     """
     f, U_T = options.activation, tf.transpose(U)
 
-    def step(carry, h, z, e, m):
-        a = carry if e is None else e + carry
+    def step(carry, e, h, z, m):
+        a = e + carry
         inward = where(m, a)
         delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)
         back = tf.matmul(delta, U_T)
@@ -152,7 +152,7 @@ def adjoint_loop(options, constants, mask, h, z, U, e, carry):
         return back if m is None else tf.where(m, back, a), delta
 
     h = h if z is None else None
-    return scan(step, carry, (h, z, e, mask), reverse=True, unroll=options.unroll)
+    return scan(step, carry, e, (h, z, mask), reverse=True, unroll=options.unroll)
 
 
 def project(x, W, *b):

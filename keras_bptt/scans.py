@@ -19,54 +19,55 @@ from keras_bptt.activations import Activation
 from keras_bptt.explicit import explicit, run, vjp
 
 
-def scan(step, carry, inputs, *, reverse=False, unroll=False):
-    """Run `carry, output = step(carry, *inputs_t)` over time; stack the outputs.
+def scan(step, carry, own, inputs=(), *, reverse=False, unroll=False):
+    """Run `carry, output = step(carry, own_t, *inputs_t)` over time; stack the outputs.
+
+    An output takes the place of its step's `own`, in one buffer: no second one is filled.
 
     Args:
         step: the function of one step.
         carry: tensor (batch, units), the state that goes from step to step.
-        inputs: tensors (timesteps, batch, ...); None entries are passed on as None.
+        own: tensor (timesteps, batch, units), what enters at each step.
+        inputs: further tensors (timesteps, batch, ...); None is passed on as None.
         reverse: from the last step to the first. Outputs stand at their step's place.
         unroll: write every step into the graph; the number of steps must be static.
 
     Returns:
         The last carry and the stacked outputs (timesteps, batch, units).
     """
-    first = next(x for x in inputs if x is not None)
-    steps = first.shape[0]
+    steps = own.shape[0]
     if unroll:
         outputs = [None] * steps
         for t in reversed(range(steps)) if reverse else range(steps):
-            carry, outputs[t] = step(carry, *(_at(x, t) for x in inputs))
-        # Without a step (one step has no link) there is nothing to stack.
-        return carry, tf.stack(outputs) if outputs else carry[None][:0]
+            given = [x if x is None else x[t] for x in inputs]
+            carry, outputs[t] = step(carry, own[t], *given)
+        # Without a step (a single step has no link) there is nothing to stack.
+        return carry, tf.stack(outputs) if outputs else own
 
-    steps = tf.shape(first)[0] if steps is None else steps
-    shape = tf.TensorShape([None, carry.shape[-1]])
-    arrays = [
-        x
-        if x is None
-        else tf.TensorArray(x.dtype, steps, element_shape=x.shape[1:]).unstack(x)
-        for x in inputs
-    ]
-    outputs = tf.TensorArray(carry.dtype, steps, element_shape=shape)
+    steps = tf.shape(own)[0] if steps is None else steps
+    shape = tf.TensorShape([None, own.shape[-1]])
+    arrays = [x if x is None else _array(x, steps) for x in inputs]
 
     def body(i, carry, outputs):
         t = steps - 1 - i if reverse else i
-        carry, output = step(carry, *(x if x is None else x.read(t) for x in arrays))
+        given = [x if x is None else x.read(t) for x in arrays]
+        carry, output = step(carry, outputs.read(t), *given)
         return i + 1, tf.ensure_shape(carry, shape), outputs.write(t, output)
 
     _, carry, outputs = tf.while_loop(
         lambda i, *_: i < steps,
         body,
-        (0, carry, outputs),
+        (0, carry, _array(own, steps)),
         shape_invariants=(tf.TensorShape([]), shape, tf.TensorShape(None)),
     )
     return carry, outputs.stack()
 
 
-def _at(x, t):
-    return None if x is None else x[t]
+def _array(x, steps):
+    array = tf.TensorArray(
+        x.dtype, steps, element_shape=x.shape[1:], clear_after_read=False
+    )
+    return array.unstack(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def states_loop(options, z, U, h_0, mask, r):
         h = new if m is None else tf.where(m, new, h)
         return h, h
 
-    return scan(step, h_0, (z, mask), unroll=options.unroll)[1]
+    return scan(step, h_0, z, (mask,), unroll=options.unroll)[1]
 
 
 def states(options: States, z, U, h_0, mask=None, r=None):
@@ -188,7 +189,7 @@ def adjoint_loop(options, e, S, P, Q, M, z=None):
     # The step at the start has no link before it: v = e.
     first, rest = (e[-1], e[:-1]) if options.reverse else (e[0], e[1:])
     _, v = scan(
-        step, first, (rest, S, P, Q, z), reverse=options.reverse, unroll=options.unroll
+        step, first, rest, (S, P, Q, z), reverse=options.reverse, unroll=options.unroll
     )
     return tf.concat([v, first[None]] if options.reverse else [first[None], v], 0)
 
@@ -226,7 +227,7 @@ def _adjoint_gradient(options, v, c, e, S, P, Q, M, *z):
     through = options.apply(u, M, *z)
     back = transposed.apply(d_through, M_T, *z)
     if z:
-        d_L = vjp(lambda *args: options.apply(u, *args), (M, *z), d_through)
+        d_L = vjp(lambda *args: options.apply(u, *args), (M, *z), (d_through,))
     else:
         d_L = [sum_of_products(u, d_through)]
     return w, end * source, end * through, source * back, *d_L
