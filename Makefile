@@ -1,0 +1,89 @@
+# Everything runs in .venv, which the first command makes. A machine needs no more
+# than make and Python 3.10 or newer: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# TensorFlow's start-up messages; pip's advice to upgrade; a backend that the user's
+# ~/.keras/keras.json may name.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export KERAS_BACKEND := tensorflow
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow doctest examples-smoke lint format dist clean
+
+help:  ## List the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
+		| awk -F '|' '{ printf "%-22s%s\n", $$1, $$2 }'
+	@echo "Another Python than python3: make PYTHON=python3.12 demo"
+
+demo: $(VENV)/.installed  ## Train, compare, sample and save a language model (minutes)
+	$(BIN)/python examples/character_language_model.py
+
+test: $(VENV)/.installed-test  ## Run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+# pytest ends with status 5 where it collects no test, which is no failure here.
+test-slow: $(VENV)/.installed-test  ## Run the tests that take long
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+doctest: $(VENV)/.installed-test  ## Run the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules keras_bptt || [ $$? -eq 5 ]
+
+examples-smoke: $(VENV)/.installed  ## Run every example in its short form
+	@set -e; for example in examples/*.py; do \
+		output=$$(mktemp -d); \
+		echo "$$example --smoke"; \
+		$(BIN)/python $$example --smoke --output-dir "$$output"; \
+		rm -r "$$output"; \
+	done
+
+lint: $(VENV)/.installed-dev  ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev  ## Put style and formatting right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dist: $(VENV)/.installed-dev  ## Build the source distribution and the wheel
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
+clean:  ## Remove the environment, caches, builds and saved models
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find saved_models -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+
+# One stamp for each set of packages, older than setup.cfg only where that changed.
+$(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing keras_bptt and its packages in $(VENV), the first time for minutes"
+	@$(call install,.)
+	@touch $@
+
+$(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing keras_bptt[$*] and its packages in $(VENV), the first time for minutes"
+	@$(call install,.[$*])
+	@touch $@
+
+define install
+$(BIN)/python -m pip install --quiet --editable '$(1)' || { \
+	echo "The installation failed. If pip found no matching tensorflow," \
+		"choose a Python that TensorFlow supports:" \
+		"make clean; make PYTHON=python3.12 demo" >&2; \
+	exit 1; \
+}
+endef
+
+# Removed if it cannot be finished, lest the next run take it for whole.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+		echo "keras_bptt needs Python 3.10 or newer. Received: PYTHON=$(PYTHON)," \
+			"$$($(PYTHON) --version 2>/dev/null || echo which does not run)." \
+			"Name another one: make PYTHON=python3.12 demo" >&2; \
+		exit 1; \
+	}
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
