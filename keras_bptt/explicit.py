@@ -146,16 +146,19 @@ def vjp(function: Callable, args, cotangents):
 def run(function: Callable, options, *tensors):
     """Return `function(options, *tensors)`, as one cached graph where the caller is eager.
 
-    An eager `tf.while_loop` is a Python loop over single operations. The function and the
-    hashable `options` are the key of the cache.
+    An eager `tf.while_loop` is a Python loop over single operations. The function, its
+    hashable `options` and the widths of the tensors are the key of the cache: a graph may
+    be for any batch and any number of steps, but not for any number of units.
     """
-    if tf.executing_eagerly():
-        return _graph(function, options)(*tensors)
-    return function(options, *tensors)
+    if not tf.executing_eagerly():
+        return function(options, *tensors)
+    floating = [t for t in tf.nest.flatten(tensors) if tf.is_tensor(t)]
+    widths = tuple(t.shape[-1] for t in floating if t.dtype.is_floating)
+    return _graph(function, options, widths)(*tensors)
 
 
 @functools.lru_cache(maxsize=256)
-def _graph(function, options):
+def _graph(function, options, widths):
     return tf.function(
         functools.partial(function, options), reduce_retracing=True, autograph=False
     )
