@@ -74,8 +74,8 @@ class Derivation(NamedTuple):
 
     Attributes:
         forward: `forward(options, constants, *args) -> (outputs, residuals)`.
-        backward: `backward(options, constants, residuals, cotangents, *args)` returns one
-            gradient for each argument. It is never differentiated.
+        backward: `backward(options, constants, outputs, residuals, cotangents, *args)`
+            returns one gradient for each argument. It is never differentiated.
         composed: `composed(options, constants, *args) -> outputs`, the same function made
             of differentiable operations. Its derivatives are those of second and higher
             order; it is evaluated only where they are asked for.
@@ -97,13 +97,12 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
         return run(derivation.forward, options, constants, *args)
 
     def gradients(args, outputs, residuals, cotangents):
-        del outputs
+        outputs = tuple(map(tf.stop_gradient, outputs))
 
         def values(*tensors):
             args, cotangents = tensors[:number], tensors[number:]
-            return run(
-                derivation.backward, options, constants, residuals, cotangents, *args
-            ), ()
+            known = constants, outputs, residuals, cotangents
+            return run(derivation.backward, options, *known, *args), ()
 
         def second_order(tensors, outputs, residuals, cotangents):
             del outputs, residuals  # recomputed, and so connected to the arguments

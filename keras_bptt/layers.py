@@ -120,9 +120,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape)
         super().build(sequences_shape, initial_state_shape)
-        self._activation = resolve(
-            self.activation, self.units, self.cell.compute_dtype
-        )
+        self._activation = resolve(self.activation, self.units, self.cell.compute_dtype)
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         self._check_inputs(sequences.shape)
@@ -197,9 +195,13 @@ class BPTTRNN(keras.layers.SimpleRNN):
             initial_state = [initial_state]
         shapes = [tuple(state.shape) for state in initial_state]
         expected = (sequences.shape[0], self.units)
-        if len(shapes) != 1 or len(shapes[0]) != 2 or any(
-            None not in sizes and sizes[0] != sizes[1]
-            for sizes in zip(shapes[0], expected, strict=True)
+        if (
+            len(shapes) != 1
+            or len(shapes[0]) != 2
+            or any(
+                None not in sizes and sizes[0] != sizes[1]
+                for sizes in zip(shapes[0], expected, strict=True)
+            )
         ):
             raise ValueError(
                 f"{self.name} takes one `initial_state` of shape (batch, units), here "

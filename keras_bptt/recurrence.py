@@ -13,9 +13,11 @@ Backward, for t = T ... 1, with e_t = c_t dy_t + [t = T] ds the cotangent of h_t
     dW = sum_t (d x_t)^T delta_t     dU = sum_t (r h_{t-1})^T delta_t     db = sum_t delta_t
     dx_t = d (delta_t W^T)           dh_0 = (1 - m_1) a_1 + r (delta_1 U^T)
 
-Only h and delta are sequential; all else is one matrix product over all steps. Only h is
-kept for the backward pass. A product with m or c above is always a `tf.where` below, for
-masked steps may hold NaN.
+A product with m or c is always a `tf.where`, for masked steps may hold NaN.
+
+Only h and delta are sequential. Time is walked in blocks of steps: the products with W,
+and those that make dW, dU, db and dx, are one matrix product a block, made while it is in
+cache. So neither all z nor all delta ever exist, and h alone is kept for the backward pass.
 
 This is the first derivative, written out. Its own derivatives are those of the same
 recurrence composed of `scans.states`, which is closed under differentiation: derivatives of
@@ -28,13 +30,14 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
+from keras_bptt.blocks import cut, size_of, walk
 from keras_bptt.explicit import Derivation, explicit_first_order
 from keras_bptt.scans import (
     States,
     previous_states,
     scan,
     states,
-    states_loop,
+    states_step,
     sum_of_products,
 )
 
@@ -84,96 +87,136 @@ def recurrence(options: Recurrence, constants: Constants, x, W, U, h_0, *b):
         (y, h_T): outputs (batch, timesteps, units) with `return_sequences`, else the last
         one (batch, units); and the last state (batch, units).
     """
-
     derivation = Derivation(forward, backward, composed)
     return explicit_first_order(derivation, options, constants, x, W, U, h_0, *b)
 
 
-def forward(options, constants, *args):
-    """Return the outputs, and h (timesteps, batch, units) for the backward pass."""
-    return outputs_and_states(states_loop, options, constants, *args)
-
-
-def composed(options, constants, *args):
-    """Return the outputs, made of differentiable operations."""
-    return outputs_and_states(states, options, constants, *args)[0]
-
-
-def outputs_and_states(states, options, constants, x, W, U, h_0, *b):
-    """Return (y, h_T) and h, with `states` the scan to use."""
-    mask = time_major_mask(options, constants)
-    z = project(time_major_inputs(options, constants, x), W, *b)
+def composed(options, constants, x, W, U, h_0, *b):
+    """The recurrence made of differentiable operations."""
+    x, mask = processing_order(options, x, constants.mask)
+    inputs = where(mask, dropped(constants, to_time_major(x)))
+    z = project(inputs, W, *b)
     h = states(options.states, z, U, h_0, mask, constants.r)
-    if options.return_sequences:
-        y = to_batch_major(shown(options, mask, h))
-    else:
-        y = last_shown(options, mask, h[-1])
-    return (y, h[-1]), h
+    return read_out(options, mask, h)
 
 
-def backward(options, constants, h, cotangents, x, W, U, h_0, *b):
+def forward(options, constants, x, W, U, h_0, *b):
+    """Return the outputs; and h (timesteps, batch, units), unless the outputs tell it."""
+    x, mask = processing_order(options, x, constants.mask)
+    step = states_step(options.states, U, constants.r)
+
+    def block(start, size, carry):
+        inputs = to_time_major(cut(x, 1, start, size))
+        z = project(dropped(constants, inputs), W, *b)
+        m = cut(mask, 0, start, size)
+        h, states = scan(step, *carry, (z, m), unroll=options.unroll)
+        return (h,), states
+
+    _, h = walk(block, (h_0,), size_of(x, 1), U.shape[0], unroll=options.unroll)
+    outputs = read_out(options, mask, h)
+    return outputs, () if options.return_sequences and mask is None else (h,)
+
+
+def backward(options, constants, outputs, residuals, cotangents, x, W, U, h_0, *b):
     """Return the gradients of x, W, U, h_0 and, where there is one, b."""
-    mask = time_major_mask(options, constants)
-    # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
-    x = where(mask, time_major_inputs(options, constants, x))
-    before = previous_states(h, h_0, constants.r)
-    if options.activation.slope_of_output is None:
-        z = where(mask, project(x, W, *b) + tf.tensordot(before, U, 1))
-    else:
-        z = None
+    x, mask = processing_order(options, x, constants.mask)
+    seen = visible(options, mask)
+    step = adjoint_step(options.activation, U, constants.r)
+    known_slope = options.activation.slope_of_output is not None
     dy, ds = cotangents
-    if options.return_sequences:
-        e, carry = shown(options, mask, to_time_major(dy)), ds
-    else:
-        e, carry = tf.zeros_like(h), ds + last_shown(options, mask, dy)
-    d_h_0, delta = adjoint_loop(options, constants, mask, h, z, U, e, carry)
 
-    d_x = tf.tensordot(delta, W, [[2], [1]])
+    def states_of(start, size):
+        if residuals:
+            return cut(*residuals, 0, start, size)
+        return to_time_major(cut(outputs[0], 1, start, size))
+
+    def block(start, size, carry):
+        a, d_W, d_U, *d_b = carry
+        m = cut(mask, 0, start, size)
+        # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
+        inputs = to_time_major(cut(x, 1, start, size))
+        inputs = where(m, dropped(constants, inputs))
+        h, before = states_of(start, size), states_of(tf.maximum(start - 1, 0), 1)[0]
+        before = previous_states(h, tf.where(start > 0, before, h_0), constants.r)
+        z = None
+        if not known_slope:
+            z = where(m, project(inputs, W, *b) + tf.tensordot(before, U, 1))
+        e = None
+        if options.return_sequences:
+            e = to_time_major(cut(dy, 1, start, size))
+            e = where(cut(seen, 0, start, size), e)
+        a, delta = scan(step, a, (h, z, e, m), reverse=True, unroll=options.unroll)
+        d_x = dropped(constants, tf.tensordot(delta, W, [[2], [1]]))
+        d_W += sum_of_products(inputs, delta)
+        d_U += sum_of_products(before, delta)
+        d_b = [d + tf.reduce_sum(delta, [0, 1]) for d in d_b]
+        return (a, d_W, d_U, *d_b), d_x
+
+    if not options.return_sequences:
+        ds += dy if seen is None else where(seen[-1], dy)
+    carry = (ds, tf.zeros_like(W), tf.zeros_like(U), *map(tf.zeros_like, b))
+    steps, width = size_of(x, 1), W.shape[0]
+    (d_h_0, d_W, d_U, *d_b), d_x = walk(
+        block, carry, steps, width, reverse=True, unroll=options.unroll
+    )
     d_x = to_batch_major(tf.reverse(d_x, [0]) if options.go_backwards else d_x)
-    d_x = d_x if constants.d is None else d_x * constants.d[:, None]
-    d_b = [tf.reduce_sum(delta, [0, 1])] if b else []
-    return d_x, sum_of_products(x, delta), sum_of_products(before, delta), d_h_0, *d_b
+    return d_x, d_W, d_U, d_h_0, *d_b
 
 
-def adjoint_loop(options, constants, mask, h, z, U, e, carry):
-    """Return dh_0 and delta (timesteps, batch, units).
+def adjoint_step(f, U, r):
+    """One step back. The carry is a_t without its own e_t: what later steps send back."""
+    U_T = tf.transpose(U)
 
-    The carry is what reaches a step's state from later steps and the returned state:
-    a_t without its own e_t. Where there is no e, all of the cotangent is in it.
-    """
-    f, U_T = options.activation, tf.transpose(U)
-
-    def step(carry, e, h, z, m):
-        a = e + carry
+    def step(carry, h, z, e, m):
+        a = carry if e is None else e + carry
         inward = where(m, a)
         delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)
         back = tf.matmul(delta, U_T)
-        back = back if constants.r is None else constants.r * back
+        back = back if r is None else r * back
         return back if m is None else tf.where(m, back, a), delta
 
-    h = h if z is None else None
-    return scan(step, carry, e, (h, z, mask), reverse=True, unroll=options.unroll)
+    return step
 
 
 def project(x, W, *b):
-    """x_t W + b for all steps."""
+    """x_t W + b."""
     z = tf.tensordot(x, W, 1)
     return z + b[0] if b else z
 
 
-def time_major_inputs(options, constants, x):
-    """d x_t in the order in which the steps are processed."""
-    x = x if constants.d is None else x * constants.d[:, None]
-    x = to_time_major(x)
-    return tf.reverse(x, [0]) if options.go_backwards else x
+def dropped(constants, x):
+    """d x_t, for steps (timesteps, batch, features)."""
+    return x if constants.d is None else constants.d * x
 
 
-def time_major_mask(options, constants):
-    """m_t (timesteps, batch, 1) in the order in which the steps are processed."""
-    if constants.mask is None:
-        return None
-    mask = tf.transpose(constants.mask)[:, :, None]
-    return tf.reverse(mask, [0]) if options.go_backwards else mask
+def read_out(options, mask, h):
+    """Return (y, h_T)."""
+    seen = visible(options, mask)
+    if not options.return_sequences:
+        return h[-1] if seen is None else where(seen[-1], h[-1]), h[-1]
+    return to_batch_major(where(seen, h)), h[-1]
+
+
+def visible(options, mask):
+    """c_t (timesteps, batch, 1): where the output is the state; elsewhere it is 0.
+
+    The same map takes a cotangent of the outputs back to e_t.
+    """
+    if mask is None or options.zero_output_for_mask:
+        return mask
+    # From the first unmasked step on. Rows without one are 0 throughout.
+    first = tf.argmax(tf.cast(mask, tf.int32), 0, output_type=tf.int32)
+    steps = tf.range(tf.shape(mask)[0])[:, None, None]
+    return (steps >= first) & tf.reduce_any(mask, 0)
+
+
+def processing_order(options, x, mask):
+    """x (batch, timesteps, features) and m (timesteps, batch, 1), first step first."""
+    if mask is not None:
+        mask = tf.transpose(mask)[:, :, None]
+    if options.go_backwards:
+        return tf.reverse(x, [1]), mask if mask is None else tf.reverse(mask, [0])
+    return x, mask
 
 
 def to_time_major(x):
@@ -186,21 +229,3 @@ to_batch_major = to_time_major
 def where(mask, x):
     """x where the mask is true, else 0, whatever x is there."""
     return x if mask is None else tf.where(mask, x, tf.zeros_like(x))
-
-
-def shown(options, mask, h):
-    """c_t h_t for all steps; the same map takes a cotangent of the outputs back to e."""
-    if mask is None or options.zero_output_for_mask:
-        return where(mask, h)
-    # c_t = 1 from the first unmasked step on. Rows without one have c_t = 0 throughout.
-    first = tf.argmax(tf.cast(mask, tf.int32), 0, output_type=tf.int32)
-    steps = tf.range(tf.shape(mask)[0])[:, None, None]
-    return where((steps >= first) & tf.reduce_any(mask, 0), h)
-
-
-def last_shown(options, mask, h):
-    """c_T h_T; also the map that takes the cotangent of the last output back."""
-    if mask is None:
-        return h
-    seen = mask[-1] if options.zero_output_for_mask else tf.reduce_any(mask, 0)
-    return where(seen, h)

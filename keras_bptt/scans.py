@@ -19,55 +19,57 @@ from keras_bptt.activations import Activation
 from keras_bptt.explicit import explicit, run, vjp
 
 
-def scan(step, carry, own, inputs=(), *, reverse=False, unroll=False):
-    """Run `carry, output = step(carry, own_t, *inputs_t)` over time; stack the outputs.
-
-    An output takes the place of its step's `own`, in one buffer: no second one is filled.
+def scan(step, carry, inputs, *, reverse=False, unroll=False):
+    """Run `carry, output = step(carry, *inputs_t)` over time; stack the outputs.
 
     Args:
         step: the function of one step.
         carry: tensor (batch, units), the state that goes from step to step.
-        own: tensor (timesteps, batch, units), what enters at each step.
-        inputs: further tensors (timesteps, batch, ...); None is passed on as None.
+        inputs: tensors (timesteps, batch, ...), the first of them (timesteps, batch,
+            units), as the outputs. None is passed on as None.
         reverse: from the last step to the first. Outputs stand at their step's place.
         unroll: write every step into the graph; the number of steps must be static.
 
     Returns:
         The last carry and the stacked outputs (timesteps, batch, units).
     """
-    steps = own.shape[0]
-    if unroll:
-        outputs = [None] * steps
-        for t in reversed(range(steps)) if reverse else range(steps):
-            given = [x if x is None else x[t] for x in inputs]
-            carry, outputs[t] = step(carry, own[t], *given)
-        # Without a step (a single step has no link) there is nothing to stack.
-        return carry, tf.stack(outputs) if outputs else own
+    first = inputs[0]
+    shape = carry.shape
 
-    steps = tf.shape(own)[0] if steps is None else steps
-    shape = tf.TensorShape([None, own.shape[-1]])
-    arrays = [x if x is None else _array(x, steps) for x in inputs]
+    def at(t):
+        # Slices, not TensorArrays: under XLA both are slices, in a graph this is quicker.
+        return [x if x is None else x[t] for x in inputs]
+
+    if unroll:
+        outputs = [None] * first.shape[0]
+        steps = range(first.shape[0])
+        for t in reversed(steps) if reverse else steps:
+            carry, outputs[t] = step(carry, *at(t))
+        # Without a step (a single step has no link) there is nothing to stack.
+        return carry, tf.stack(outputs) if outputs else first
+
+    steps = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
 
     def body(i, carry, outputs):
         t = steps - 1 - i if reverse else i
-        given = [x if x is None else x.read(t) for x in arrays]
-        carry, output = step(carry, outputs.read(t), *given)
+        carry, output = step(carry, *at(t))
         return i + 1, tf.ensure_shape(carry, shape), outputs.write(t, output)
 
+    outputs = tf.TensorArray(first.dtype, steps, element_shape=first.shape[1:])
     _, carry, outputs = tf.while_loop(
-        lambda i, *_: i < steps,
-        body,
-        (0, carry, _array(own, steps)),
-        shape_invariants=(tf.TensorShape([]), shape, tf.TensorShape(None)),
+        lambda i, *_: i < steps, body, (0, carry, outputs)
     )
-    return carry, outputs.stack()
+    return carry, stack(outputs, tf.shape(first)[1:])
 
 
-def _array(x, steps):
-    array = tf.TensorArray(
-        x.dtype, steps, element_shape=x.shape[1:], clear_after_read=False
+def stack(array, shape):
+    """The elements of a TensorArray, of the given shape, as one tensor."""
+    if array.element_shape.is_fully_defined():
+        return array.stack()
+    # `array.stack()` of no elements, or of none yet written, needs their static shape.
+    return tf.raw_ops.TensorListStack(
+        input_handle=array.flow, element_shape=shape, element_dtype=array.dtype
     )
-    return array.unstack(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +80,21 @@ class States:
     unroll: bool = False
 
 
-def states_loop(options, z, U, h_0, mask, r):
-    """The values of `states`."""
+def states_step(options, U, r):
+    """One step of `states`, as `scan` takes it."""
 
     def step(h, z, m):
         new = options.activation.function(z + tf.matmul(h if r is None else r * h, U))
         h = new if m is None else tf.where(m, new, h)
         return h, h
 
-    return scan(step, h_0, z, (mask,), unroll=options.unroll)[1]
+    return step
+
+
+def states_loop(options, z, U, h_0, mask, r):
+    """The values of `states`."""
+    step = states_step(options, U, r)
+    return scan(step, h_0, (z, mask), unroll=options.unroll)[1]
 
 
 def states(options: States, z, U, h_0, mask=None, r=None):
@@ -189,7 +197,7 @@ def adjoint_loop(options, e, S, P, Q, M, z=None):
     # The step at the start has no link before it: v = e.
     first, rest = (e[-1], e[:-1]) if options.reverse else (e[0], e[1:])
     _, v = scan(
-        step, first, rest, (S, P, Q, z), reverse=options.reverse, unroll=options.unroll
+        step, first, (rest, S, P, Q, z), reverse=options.reverse, unroll=options.unroll
     )
     return tf.concat([v, first[None]] if options.reverse else [first[None], v], 0)
 
