@@ -1,0 +1,21 @@
+"""Fixtures that every test shares."""
+
+import keras
+import pytest
+from helpers import MODES
+
+
+def pytest_configure(config):
+    # Keras' own tests, which run here on this layer too, are marked with it.
+    config.addinivalue_line("markers", "requires_trainable_backend: a mark of Keras")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    """The name of a mode of execution: eager, graph or xla."""
+    return request.param

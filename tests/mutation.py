@@ -1,0 +1,50 @@
+"""The gradient's modules with one term broken, to show that a check can fail."""
+
+import importlib
+import inspect
+import sys
+import types
+from unittest import mock
+
+import pytest
+import tensorflow as tf
+
+# Lower modules first: each is executed again, on top of the copies before it.
+MODULES = ("explicit", "activations", "scans", "blocks", "recurrence")
+
+
+def copy_of_modules(broken=None, old=None, new=None):
+    """Fresh copies of `MODULES` as attributes; in `broken`, `old` reads `new`.
+
+    `old` must occur exactly once, so that a mutation cannot silently miss its target when
+    the code changes: adapt the list of mutations then.
+    """
+    copies = types.SimpleNamespace()
+    with mock.patch.dict(sys.modules):
+        for name in MODULES:
+            full = f"keras_bptt.{name}"
+            source = inspect.getsource(importlib.import_module(full))
+            if name == broken:
+                assert source.count(old) == 1, f"{name}.py has not one {old!r}"
+                source = source.replace(old, new)
+            sys.modules[full] = copy = types.ModuleType(full)
+            exec(compile(source, f"<copy of {full}>", "exec"), copy.__dict__)
+            setattr(copies, name, copy)
+    return copies
+
+
+def assert_caught(check, module, old, new):
+    """Assert that `check(modules)` fails once `old` reads `new` in `module`."""
+    modules = copy_of_modules(module, old, new)
+    with without_graphs(), pytest.raises(AssertionError):
+        check(modules)
+
+
+class without_graphs:
+    """Run loops operation by operation: for a single run, tracing costs more."""
+
+    def __enter__(self):
+        tf.config.run_functions_eagerly(True)
+
+    def __exit__(self, *_):
+        tf.config.run_functions_eagerly(False)

@@ -1,0 +1,297 @@
+"""Every error says what was passed, what is allowed and what to do."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import B, D, H, T, random_inputs
+
+from keras_bptt import BPTTRNN
+
+
+def inputs(*shape):
+    return random_inputs(*(shape or (B, T, D))).astype("float32")
+
+
+@pytest.mark.parametrize(
+    "units", [0, -1, 2.5, 3.0, "3", True, None, np.float64(3)], ids=repr
+)
+def test_units(units):
+    received = re.escape(f"Received: units={units!r}")
+    with pytest.raises(ValueError, match=f"positive integer.*{received}"):
+        BPTTRNN(units)
+
+
+@pytest.mark.parametrize("units", [np.int32(3), np.int64(3)], ids=repr)
+def test_units_may_be_any_integer(units):
+    layer = BPTTRNN(units)
+    assert type(layer.units) is int
+    assert layer(inputs()).shape == (B, 3)
+
+
+def test_unknown_argument():
+    with pytest.raises(ValueError, match="no_such_argument"):
+        BPTTRNN(H, no_such_argument=1)
+    with pytest.raises(ValueError, match="no_such_function"):
+        BPTTRNN(H, activation="no_such_function")
+
+
+# --- Inputs
+
+
+RANKS = {
+    "two": ((B, T), r"\[\.\.\., None\].*\[None\]"),
+    "one": ((T,), r"\[\.\.\., None\]"),
+    "four": ((B, T, D, 2), "keras.layers.Reshape"),
+}
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_rank(rank):
+    shape, remedy = RANKS[rank]
+    layer = BPTTRNN(H)
+    for _ in ("unbuilt", "built"):
+        with pytest.raises(
+            ValueError, match=rf"(?s)Received: shape \({shape[0]},.*{remedy}"
+        ):
+            layer(inputs(*shape))
+        layer(inputs())
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_rank_of_symbolic_inputs(rank):
+    shape, remedy = RANKS[rank]
+    layer = BPTTRNN(H)
+    for _ in ("unbuilt", "built"):
+        with pytest.raises(
+            ValueError, match=rf"(?s)Received: shape \({shape[0]},.*{remedy}"
+        ):
+            layer(keras.Input(batch_shape=shape))
+        layer(inputs())
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["eager", "symbolic"])
+def test_features_of_a_second_call(symbolic):
+    layer = BPTTRNN(H)
+    layer(inputs())
+    other = keras.Input((T, D + 1)) if symbolic else inputs(B, T, D + 1)
+    with pytest.raises(
+        ValueError, match=f"built for inputs with {D} features.*{D + 1}"
+    ):
+        layer(other)
+
+
+def test_features_unknown():
+    with pytest.raises(ValueError, match="fixed number of features"):
+        BPTTRNN(H)(keras.Input((T, None)))
+
+
+def test_unroll_with_an_unknown_length():
+    layer = BPTTRNN(H, unroll=True)
+    call = tf.function(layer, input_signature=[tf.TensorSpec((None, None, D))])
+    with pytest.raises(ValueError, match="time dimension is undefined"):
+        call(inputs())
+
+
+def test_stateful_with_another_batch():
+    layer = BPTTRNN(H, stateful=True)
+    layer(inputs())
+    with pytest.raises(ValueError, match="batch size"):
+        layer(inputs(B + 1, T, D))
+
+
+# --- State
+
+WRONG_STATES = [(1, H), (B + 1, H), (B, 1), (B, H + 1), (H,), (B, 1, H), ()]
+
+
+@pytest.mark.parametrize("shape", WRONG_STATES, ids=str)
+def test_state_shape(shape):
+    state = tf.zeros(shape)
+    with pytest.raises(
+        ValueError, match="one `initial_state`.*one state for each example"
+    ):
+        BPTTRNN(H)(inputs(), initial_state=state)
+
+
+@pytest.mark.parametrize("batch", [1, B + 1])
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_state_shape_at_run_time(mode, batch):
+    """A state of one row for three examples would broadcast without a word."""
+    layer = BPTTRNN(H)
+    layer.build((None, None, D))
+
+    @tf.function(
+        jit_compile=mode == "xla",
+        input_signature=[tf.TensorSpec((None, None, D)), tf.TensorSpec((None, H))],
+    )
+    def call(x, state):
+        return layer(x, initial_state=state)
+
+    call(inputs(), tf.zeros((B, H)))
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+        call(inputs(), tf.zeros((batch, H)))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_number_of_states(count):
+    states = [tf.zeros((B, H))] * count
+    with pytest.raises(ValueError, match=f"one `initial_state`.*Received: {count}"):
+        BPTTRNN(H)(inputs(), initial_state=states)
+
+
+# --- Mask
+
+WRONG_MASKS = [(B, T + 1), (B + 1, T), (1, T), (B, 1), (T,), (B, T, 2), (B, T, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", WRONG_MASKS, ids=str)
+def test_mask_shape(shape):
+    with pytest.raises(ValueError, match="`mask` of shape.*one boolean for each step"):
+        BPTTRNN(H)(inputs(), mask=tf.ones(shape, tf.bool))
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["last output", "sequence"])
+@pytest.mark.parametrize("shape", [(B, T + 1), (B, T - 1), (B, 1), (1, T)], ids=str)
+def test_mask_shape_at_run_time(shape, sequence, mode):
+    """No number may come out where sizes that are known late do not fit."""
+    layer = BPTTRNN(H, return_sequences=sequence)
+    layer.build((None, None, D))
+
+    @tf.function(
+        jit_compile=mode == "xla",
+        input_signature=[
+            tf.TensorSpec((None, None, D)),
+            tf.TensorSpec((None, None), tf.bool),
+        ],
+    )
+    def call(x, mask):
+        return layer(x, mask=mask)
+
+    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+        call(inputs(), tf.ones(shape, tf.bool))
+
+
+# --- Activation
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: tf.reduce_sum(z, -1),
+        lambda z: tf.concat([z, z], -1),
+        lambda z: z[:, :1],
+        lambda z: z[None],
+    ],
+    ids=["sum", "double", "first unit", "new axis"],
+)
+def test_activation_that_changes_the_shape(function):
+    with pytest.raises(ValueError, match="keep shape and dtype.*returns one like it"):
+        BPTTRNN(H, activation=function)(inputs())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "bool"])
+def test_activation_that_changes_the_dtype(dtype):
+    def function(z):
+        return tf.cast(z, dtype)
+
+    with pytest.raises(ValueError, match=f"keep shape and dtype.*float32.*{dtype}"):
+        BPTTRNN(H, activation=function)(inputs())
+
+
+def test_activation_that_reads_a_trainable_variable():
+    slope = tf.Variable(0.1, name="slope_of_mine")
+    with pytest.raises(ValueError, match="slope_of_mine.*apply it as a layer"):
+        BPTTRNN(H, activation=lambda z: tf.nn.relu(z) - slope * tf.nn.relu(-z))(
+            inputs()
+        )
+    with pytest.raises(ValueError, match="alpha.*apply it as a layer"):
+        BPTTRNN(H, activation=keras.layers.PReLU())(inputs())
+
+
+def test_activation_may_read_a_variable_that_is_not_trained():
+    slope = tf.Variable(0.5, trainable=False)
+    layer = BPTTRNN(H, activation=lambda z: slope * z)
+    first = layer(inputs())
+    slope.assign(0.0)
+    assert np.max(np.abs(first)) > 1e-3
+    assert np.all(layer(inputs()) == 0)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z + tf.random.normal(tf.shape(z)),
+        lambda z: keras.random.dropout(z, 0.5),
+    ],
+    ids=["noise", "dropout"],
+)
+def test_activation_that_is_random(function):
+    with pytest.raises(ValueError, match="which is random.*`recurrent_dropout`"):
+        BPTTRNN(H, activation=function)(inputs())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z - tf.reduce_mean(z, 0),
+        lambda z: tf.reverse(z, [0]),
+        lambda z: z / tf.norm(z),
+        lambda z: tf.nn.softmax(z, 0),
+    ],
+    ids=["mean", "reverse", "norm", "softmax"],
+)
+def test_activation_that_mixes_the_batch(function):
+    with pytest.raises(ValueError, match="mixes them.*axis=-1 only"):
+        BPTTRNN(H, activation=function)(inputs())
+
+
+@pytest.mark.parametrize("symbolic", [False, True], ids=["graph", "symbolic"])
+def test_activation_is_checked_where_a_graph_is_built(symbolic):
+    layer = BPTTRNN(H, activation=lambda z: tf.reverse(z, [0]))
+    with pytest.raises(ValueError, match="mixes them"):
+        if symbolic:
+            layer(keras.Input((T, D)))
+        else:
+            tf.function(layer)(inputs())
+
+
+# --- Backend
+
+
+REAL_BACKENDS = {"jax": "jax", "torch": "torch", "numpy": "scipy"}
+
+
+def test_another_backend_is_refused(monkeypatch):
+    """The module is executed as if Keras ran on another backend."""
+    monkeypatch.setattr(keras.config, "backend", lambda: "jax")
+    spec = importlib.util.find_spec("keras_bptt.layers")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.raises(ImportError, match="'jax'.*KERAS_BACKEND=tensorflow"):
+        spec.loader.exec_module(module)
+
+
+@pytest.mark.parametrize("backend", REAL_BACKENDS)
+def test_another_backend_is_refused_in_a_process_of_its_own(backend):
+    if importlib.util.find_spec(REAL_BACKENDS[backend]) is None:
+        pytest.skip(f"needs {REAL_BACKENDS[backend]}")
+    script = "import keras; print(keras.config.backend()); import keras_bptt"
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=300,
+    )
+    # Keras itself imports with it, so that the error is this package's.
+    assert finished.stdout.split() == [backend], finished.stderr
+    assert finished.returncode != 0
+    assert "ImportError" in finished.stderr
+    assert "KERAS_BACKEND=tensorflow" in finished.stderr

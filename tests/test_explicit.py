@@ -1,0 +1,366 @@
+"""The joint between forward and backward: cotangents, constants, cached graphs, memory."""
+
+import gc
+import types
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import MODES, rng
+from mutation import copy_of_modules
+
+from keras_bptt import explicit as module
+from keras_bptt.activations import resolve
+from keras_bptt.explicit import Derivation, explicit, explicit_first_order, run, vjp
+from keras_bptt.recurrence import Constants, Recurrence, recurrence
+
+
+def product(a, b):
+    """(a b, a^2) with a written-out gradient."""
+
+    def forward(a, b):
+        return (a * b, a * a), ()
+
+    def backward(args, outputs, residuals, cotangents):
+        (a, b), (d_product, d_square) = args, cotangents
+        return d_product * b + 2 * a * d_square, d_product * a
+
+    return explicit(forward, backward)(a, b)
+
+
+# The same as a `Derivation`, whose backward pass may be called with residuals.
+def forward(options, constants, a, b):
+    return (a * b, a * a), {"a": a}
+
+
+def backward(options, constants, residuals, cotangents, a, b):
+    d_product, d_square = cotangents
+    return d_product * b + 2 * residuals["a"] * d_square, d_product * a
+
+
+def composed(options, constants, a, b):
+    return a * b, a * a
+
+
+def fused(a, b):
+    return explicit_first_order(
+        Derivation(forward, backward, composed), None, None, a, b
+    )
+
+
+FORMS = pytest.mark.parametrize("form", [product, fused])
+
+
+@FORMS
+def test_derivatives_of_a_product(form, mode):
+    """L = sum(u a b + v a^2): dL/da = u b + 2 v a, and what follows from it, exactly."""
+    a, b, u, v = (tf.constant(rng(i).normal(size=(2, 3))) for i in range(4))
+
+    def derivatives(a, b, u, v):
+        with tf.GradientTape(persistent=True) as third:
+            third.watch([a, b, u, v])
+            with tf.GradientTape(persistent=True) as second:
+                second.watch([a, b, u, v])
+                with tf.GradientTape() as first:
+                    first.watch([a, b])
+                    outputs = form(a, b)
+                d_a, d_b = first.gradient(outputs, [a, b], [u, v])
+            cubic = second.gradient(d_a, [a, b, u, v], a * a)
+        return d_a, d_b, *cubic, *third.gradient(cubic[0], [a, v])
+
+    results = MODES[mode](derivatives)(a, b, u, v)
+    d_aa, d_aab = 2 * v * a * a, u * a * a
+    expected = [u * b + 2 * v * a, u * a, d_aa, d_aab, b * a * a, 2 * a**3]
+    # d(2 v a^2)/da and /dv: the cotangent a^2 of the second derivative counts as well.
+    expected += [4 * v * a, 2 * a * a]
+    for got, value in zip(results, expected, strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-14)
+
+
+def halves(a, explicit=explicit):
+    """The left and the right half of the columns."""
+
+    def forward(a):
+        return tuple(tf.split(a, 2, axis=1)), ()
+
+    def backward(args, outputs, residuals, cotangents):
+        return (tf.concat(cotangents, 1),)  # which asks for as many rows in each
+
+    return explicit(forward, backward)(a)
+
+
+def check_broadcast(modules):
+    """A reloaded SavedModel hands in zeros whose unknown sizes are 1."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4))])
+    def gradient(a):
+        with tf.GradientTape() as tape:
+            tape.watch(a)
+            left, right = halves(a, modules.explicit.explicit)
+        return tape.gradient([left, right], a, [left, tf.zeros((1, 2))])
+
+    a = tf.constant(rng().normal(size=(3, 4)), "float32")
+    d_a = gradient(a)
+    np.testing.assert_array_equal(d_a[:, :2], a[:, :2])
+    np.testing.assert_array_equal(d_a[:, 2:], tf.zeros((3, 2)))
+
+
+def test_cotangents_of_size_one_are_broadcast():
+    check_broadcast(types.SimpleNamespace(explicit=module))
+
+
+def test_saved_model_with_an_unused_output(tmp_path, mode):
+    """The same for real: saved, loaded, one output used, of unknown size."""
+    saved = tf.Module()
+    saved.halves = tf.function(
+        lambda a: halves(a), input_signature=[tf.TensorSpec((None, 4))]
+    )
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+    tf.saved_model.save(saved, tmp_path, options=options)
+    loaded = tf.saved_model.load(tmp_path).halves
+
+    def gradient(a):
+        with tf.GradientTape() as tape:
+            tape.watch(a)
+            left = loaded(a)[0]
+        return tape.gradient(left, a)
+
+    d_a = MODES[mode](gradient)(tf.ones((3, 4)))
+    np.testing.assert_array_equal(d_a, [[1, 1, 0, 0]] * 3)
+
+
+def test_captured_tensors_are_constants():
+    """What is no argument has no gradient: documented, and relied on for dropout."""
+    factor, x = tf.constant(2.0), tf.constant(3.0)
+
+    def forward(x):
+        return (x * factor,), ()
+
+    def backward(args, outputs, residuals, cotangents):
+        return (cotangents[0] * factor,)
+
+    with tf.GradientTape() as tape:
+        tape.watch([factor, x])
+        (y,) = explicit(forward, backward)(x)
+    d_factor, d_x = tape.gradient(y, [factor, x])
+    assert d_factor is None
+    assert d_x == 2.0
+
+
+def test_constants_of_a_derivation_have_no_gradient():
+    def scaled(options, constant, x):
+        return (constant * x,)
+
+    def forward(options, constant, x):
+        return (constant * x,), ()
+
+    def backward(options, constant, residuals, cotangents, x):
+        return (constant * cotangents[0],)
+
+    constant, x = tf.constant([2.0]), tf.constant([3.0])
+    with tf.GradientTape() as outer:
+        outer.watch([constant, x])
+        with tf.GradientTape() as tape:
+            tape.watch([constant, x])
+            (y,) = explicit_first_order(
+                Derivation(forward, backward, scaled), None, constant, x
+            )
+        d_constant, d_x = tape.gradient(y, [constant, x])
+    assert d_constant is None
+    assert d_x == 2.0
+    assert outer.gradient(d_x, constant) is None
+
+
+def check_residuals(modules, wrap):
+    """y = a^2 whose gradient 2 a reads a residual: to the next derivative a constant."""
+
+    def forward(a):
+        return (a * a,), a
+
+    def backward(args, outputs, residuals, cotangents):
+        return (2 * residuals * cotangents[0],)
+
+    def second_derivative(a):
+        with tf.GradientTape() as outer:
+            outer.watch(a)
+            with tf.GradientTape() as tape:
+                tape.watch(a)
+                (y,) = modules.explicit.explicit(forward, backward)(a)
+            first = tape.gradient(y, a)
+        zero = tf.UnconnectedGradients.ZERO
+        return first, outer.gradient(first, a, unconnected_gradients=zero)
+
+    first, second = wrap(second_derivative)(tf.constant([3.0]))
+    assert first == 6
+    assert second == 0
+
+
+def test_residuals_are_numbers(mode):
+    check_residuals(types.SimpleNamespace(explicit=module), MODES[mode])
+
+
+def test_vjp_of_an_unconnected_argument_is_zero(mode):
+    def products(a, b):
+        return vjp(lambda a, b: (2 * a,), (a, b), (tf.ones_like(a),))
+
+    d_a, d_b = MODES[mode](products)(tf.constant([3.0]), tf.constant([4.0, 5.0]))
+    np.testing.assert_array_equal(d_a, [2.0])
+    np.testing.assert_array_equal(d_b, [0.0, 0.0])
+
+
+# ---------------------------------------------------------------- cached graphs
+
+
+class Counted:
+    """A hashable function that counts how often Python runs it."""
+
+    def __init__(self):
+        self.runs = 0
+
+    def __call__(self, options, x):
+        self.runs += 1
+        return x * options
+
+
+def test_equal_calls_share_a_graph():
+    function = Counted()
+    for value in (1.0, 2.0, 3.0):
+        assert run(function, 2, tf.constant([value])) == 2 * value
+    assert function.runs == 1
+
+
+def test_other_options_have_another_graph():
+    function = Counted()
+    assert run(function, 2, tf.constant([3.0])) == 6
+    assert run(function, 5, tf.constant([3.0])) == 15
+    assert function.runs == 2
+
+
+def test_lengths_share_a_graph():
+    """One graph for the first length, one for all that follow."""
+    function = Counted()
+    for steps in range(1, 30):
+        assert run(function, 2, tf.ones((steps, 3))).shape == (steps, 3)
+    assert function.runs <= 3
+
+
+def test_no_graph_of_its_own_inside_a_graph():
+    function = Counted()
+
+    @tf.function
+    def outer(x):
+        return run(function, 2, x)
+
+    outer(tf.constant(1.0))
+    operations = outer.get_concrete_function(tf.constant(1.0)).graph.get_operations()
+    assert not [op for op in operations if "PartitionedCall" in op.type]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def recurrent(a, b):
+    options = Recurrence(resolve(tf.nn.tanh, 3, "float32"), return_sequences=True)
+    x = tf.stack([a] * 4, axis=1)
+    return recurrence(options, Constants(), x, tf.eye(3), tf.eye(3), b)
+
+
+MEMORY = pytest.mark.parametrize("form", [product, fused, recurrent])
+
+
+def tensors_alive():
+    gc.collect()
+    return sum(isinstance(thing, tf.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@MEMORY
+def test_memory_is_given_back(form, order):
+    """Calls, and gradients of gradients, leave no tensor behind."""
+    a, b = tf.ones((2, 3)), tf.ones((2, 3))
+
+    def step():
+        with tf.GradientTape() as outer:
+            outer.watch(a)
+            with tf.GradientTape() as tape:
+                tape.watch(a)
+                outputs = form(a, b)
+            gradient = tape.gradient(outputs, a)
+        return gradient if order == 1 else outer.gradient(gradient, a)
+
+    for _ in range(3):  # constants of graphs are made once
+        step()
+    before = tensors_alive()
+    for _ in range(20):
+        step()
+    assert tensors_alive() <= before
+
+
+@MEMORY
+def test_memory_of_a_call_without_gradient_is_given_back_at_once(form):
+    """Not left to the garbage collector, which counts objects and not their size."""
+    a, b = tf.ones((2, 3)), tf.ones((2, 3))
+    form(a, b)
+    before = tensors_alive()
+    gc.disable()
+    try:
+        for _ in range(20):
+            form(a, b)
+        alive = sum(isinstance(thing, tf.Tensor) for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive <= before + 10
+
+
+# ---------------------------------------------------------------- mutations
+
+
+def check_second_derivative(modules):
+    """exp, whose gradient is made of its output: that must be connected to `a`."""
+
+    def forward(a):
+        return (tf.exp(a),), ()
+
+    def backward(args, outputs, residuals, cotangents):
+        return (outputs[0] * cotangents[0],)
+
+    a = tf.constant([0.5])
+    with tf.GradientTape() as outer:
+        outer.watch(a)
+        with tf.GradientTape() as tape:
+            tape.watch(a)
+            (y,) = modules.explicit.explicit(forward, backward)(a)
+        first = tape.gradient(y, a)
+    assert outer.gradient(first, a) == y
+
+
+# Name, check, text and what it reads when broken.
+MUTATIONS = [
+    (
+        "the inner outputs",
+        check_second_derivative,
+        "current = outer[0] if outer else outputs",
+        "current = outputs",
+    ),
+    (
+        "no broadcast",
+        check_broadcast,
+        "tuple(map(_like, cotangents, current))",
+        "cotangents",
+    ),
+    (
+        "the forward pass recorded",
+        lambda modules: check_residuals(modules, tf.function),
+        "*map(tf.stop_gradient, args)",
+        "*args",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "check, old, new", [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS]
+)
+def test_mutation_is_caught(check, old, new):
+    check(copy_of_modules())
+    with pytest.raises((AssertionError, tf.errors.InvalidArgumentError)):
+        check(copy_of_modules("explicit", old, new))

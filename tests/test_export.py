@@ -1,0 +1,362 @@
+"""Configuration, saving, training with `fit`, and models that leave without the package."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import (
+    FLOAT32,
+    B,
+    D,
+    H,
+    T,
+    random_inputs,
+    random_weights,
+    relative_error,
+    rng,
+)
+
+from keras_bptt import BPTTRNN
+
+
+@keras.saving.register_keras_serializable(package="test_export")
+def wave(z):
+    return tf.sin(z) + 0.1 * z
+
+
+# --- Configuration
+
+NOT_DEFAULT = {
+    "units": 7,
+    "activation": "gelu",
+    "use_bias": False,
+    "kernel_initializer": "he_normal",
+    "recurrent_initializer": keras.initializers.Orthogonal(0.5),
+    "bias_initializer": "ones",
+    "kernel_regularizer": "l1",
+    "recurrent_regularizer": keras.regularizers.L2(0.3),
+    "bias_regularizer": "l2",
+    "activity_regularizer": "l1",
+    "kernel_constraint": "non_neg",
+    "recurrent_constraint": keras.constraints.MaxNorm(3),
+    "bias_constraint": "unit_norm",
+    "dropout": 0.1,
+    "recurrent_dropout": 0.2,
+    "return_sequences": True,
+    "return_state": True,
+    "go_backwards": True,
+    "stateful": True,
+    "unroll": True,
+    "zero_output_for_mask": True,
+    "seed": 5,
+    "name": "named",
+    "dtype": "mixed_bfloat16",
+    "trainable": False,
+}
+
+
+@pytest.mark.parametrize("name", NOT_DEFAULT)
+def test_config_keeps_every_argument(name):
+    """One at a time, next to what SimpleRNN makes of it."""
+    options = {"units": 3, "name": "rnn"} | {name: NOT_DEFAULT[name]}
+    layer = BPTTRNN(**options)
+    config = layer.get_config()
+    assert config == keras.layers.SimpleRNN(**options).get_config()
+    assert BPTTRNN.from_config(config).get_config() == config
+    # These two do not reach the configuration of SimpleRNN in every version of Keras.
+    if name not in ("activity_regularizer", "seed"):
+        assert config[name] != BPTTRNN(3, name="rnn").get_config()[name]
+
+
+@pytest.mark.parametrize("activation", ["tanh", None, wave, keras.layers.ReLU(2.0)])
+def test_config_round_trip(activation):
+    layer = BPTTRNN(H, activation=activation, return_sequences=True)
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
+    assert config["registered_name"] == "keras_bptt>BPTTRNN"
+    again = keras.saving.deserialize_keras_object(config)
+    assert type(again) is BPTTRNN
+    x = random_inputs().astype("float32")
+    again.build(x.shape)
+    layer.build(x.shape)
+    again.set_weights(layer.get_weights())
+    np.testing.assert_array_equal(again(x), layer(x))
+
+
+def test_config_goes_to_simplernn_and_back():
+    config = BPTTRNN(H, activation="relu", return_state=True).get_config()
+    config = keras.layers.SimpleRNN.from_config(config).get_config()
+    assert BPTTRNN.from_config(config).get_config() == config
+
+
+# --- Models
+
+
+def small_model(layer, mask_value=None):
+    """A functional model of unknown batch and length."""
+    inputs = keras.Input((None, D))
+    x = inputs if mask_value is None else keras.layers.Masking(mask_value)(inputs)
+    return keras.Model(inputs, layer(x))
+
+
+def training_data():
+    """Whether the running sum of the first feature is positive: solved by memory."""
+    x = rng(3).normal(size=(64, T, D)).astype("float32")
+    return x, (x[..., 0].sum(1, keepdims=True) > 0).astype("float32")
+
+
+def classifier(layer):
+    model = keras.Sequential(
+        [keras.Input((None, D)), layer, keras.layers.Dense(1, activation="sigmoid")]
+    )
+    model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy")
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"jit_compile": "auto"}, {"jit_compile": True}, {"run_eagerly": True}],
+    ids=["auto", "xla", "eager"],
+)
+def test_fit_lowers_the_loss_as_simplernn_does(options):
+    losses = []
+    for layer_class in (keras.layers.SimpleRNN, BPTTRNN):
+        keras.utils.set_random_seed(1)
+        model = classifier(layer_class(H))
+        model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy", **options)
+        fit = model.fit(*training_data(), epochs=5, batch_size=16, verbose=0)
+        losses.append(fit.history["loss"])
+    assert losses[1][-1] < 0.9 * losses[1][0]
+    # Twenty steps of Adam, which divides by the size of the gradient, and so lets the
+    # rounding of small ones through.
+    assert relative_error(losses[1], losses[0]) < 50 * FLOAT32
+
+
+def test_clone_model():
+    model = classifier(BPTTRNN(H, return_sequences=False, activation="relu"))
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    x, _ = training_data()
+    np.testing.assert_array_equal(clone(x), model(x))
+    assert type(clone.layers[0]) is BPTTRNN
+
+
+def test_clone_model_puts_it_in_the_place_of_simplernn():
+    """How a trained model takes the layer in."""
+    model = classifier(keras.layers.SimpleRNN(H, activation="relu"))
+
+    def replace(layer):
+        if type(layer) is keras.layers.SimpleRNN:
+            return BPTTRNN.from_config(layer.get_config())
+        return layer.__class__.from_config(layer.get_config())
+
+    clone = keras.models.clone_model(model, clone_function=replace)
+    clone.set_weights(model.get_weights())
+    x, _ = training_data()
+    assert type(clone.layers[0]) is BPTTRNN
+    assert relative_error(clone(x), model(x)) < FLOAT32
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["layer", "Bidirectional"])
+def test_keras_file(wrapped, tmp_path):
+    """Weights and the state of the optimizer: training goes on as if nothing was."""
+    layer = BPTTRNN(H, activation=wave, recurrent_regularizer="l2")
+    model = classifier(keras.layers.Bidirectional(layer) if wrapped else layer)
+    x, y = training_data()
+    model.fit(x, y, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), model(x))
+    assert loaded.optimizer.iterations.numpy() == 2
+    for each in (model, loaded):
+        each.fit(x, y, verbose=0, shuffle=False)
+    for got, expected in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        assert relative_error(got, expected) < FLOAT32
+
+
+def test_weights_file(tmp_path):
+    model, other = classifier(BPTTRNN(H)), classifier(BPTTRNN(H))
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    x, _ = training_data()
+    np.testing.assert_array_equal(other(x), model(x))
+
+
+def test_copies():
+    model = small_model(BPTTRNN(H))
+    x, _ = training_data()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other.layers[1]) is BPTTRNN
+        np.testing.assert_array_equal(other(x), model(x))
+
+
+# --- Without the package
+
+LAYERS = {
+    "last output": {},
+    "sequence": {"return_sequences": True},
+    "gelu": {"activation": "gelu", "return_sequences": True},
+    "softmax": {"activation": "softmax", "return_sequences": True},
+    "backwards": {"go_backwards": True, "activation": "relu"},
+    "mask": {"return_sequences": True},
+    "mask, softmax": {"activation": "softmax"},
+    "mixed precision": {"dtype": "mixed_bfloat16"},
+}
+PADDING = -9.0
+# Another batch and another length than any at which the model was traced.
+EXAMPLES = [(B, T), (2, 9)]
+
+CONSUMER = """
+import json, sys
+sys.modules["keras_bptt"] = None  # an import of it fails
+import numpy as np
+import tensorflow as tf
+
+folder = sys.argv[1]
+results = {}
+for name in json.loads(sys.argv[2]):
+    loaded = tf.saved_model.load(f"{folder}/{name}")
+    if hasattr(loaded, "serve"):
+        call = loaded.serve
+    else:
+        signature = loaded.signatures["serving_default"]
+        call = lambda x, f=signature: list(f(x).values())[0]
+
+    def gradient(x, cotangent):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = call(x)
+            loss = tf.reduce_sum(tf.cast(y, tf.float32) * cotangent)
+        watched = {v.name + str(v.shape): v for v in tape.watched_variables()}
+        weights = [watched[key] for key in sorted(watched)]
+        return y, tape.gradient(loss, [x, *weights])
+
+    # Each must work after the others.
+    modes = {
+        "graph": tf.function(gradient, reduce_retracing=True),
+        "eager": gradient,
+        "xla": tf.function(gradient, jit_compile=True),
+        "graph again": tf.function(gradient),
+    }
+    for mode, function in modes.items():
+        for i in range(2):
+            with np.load(f"{folder}/{name}.npz") as data:
+                x, cotangent = (tf.constant(data[f"{k}{i}"]) for k in ("x", "c"))
+            y, gradients = function(x, cotangent)
+            results[f"{name}/{mode}/{i}/y"] = tf.cast(y, tf.float32).numpy()
+            for k, g in enumerate(gradients):
+                results[f"{name}/{mode}/{i}/d{k}"] = g.numpy()
+np.savez(f"{folder}/results.npz", **results)
+"""
+
+
+def example(i, masked):
+    x = rng(i).normal(size=(*EXAMPLES[i], D)).astype("float32")
+    if masked:
+        x[rng(i + 9).random(EXAMPLES[i]) < 0.3] = PADDING
+        x[0] = PADDING
+    return x
+
+
+def first_order(model, x, cotangent):
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = model(x)
+        loss = tf.reduce_sum(tf.cast(y, tf.float32) * cotangent)
+    weights = {v.name + str(tuple(v.shape)): v.value for v in model.trainable_variables}
+    return y, tape.gradient(loss, [x, *(weights[name] for name in sorted(weights))])
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Expected results by model, and those of one fresh process that loads them all."""
+    folder = tmp_path_factory.mktemp("models")
+    expected = {}
+    for how in ("export", "save"):
+        for name, options in LAYERS.items():
+            if how == "save" and name not in ("sequence", "mask, softmax"):
+                continue
+            masked = name.startswith("mask")
+            layer = BPTTRNN(H, **options)
+            model = small_model(layer, PADDING if masked else None)
+            layer.cell.set_weights(random_weights())
+            key = f"{how} {name}"
+            if how == "export":
+                model.export(folder / key, verbose=False)
+            else:
+                tf.saved_model.save(
+                    model,
+                    str(folder / key),
+                    signatures=tf.function(
+                        model, input_signature=[tf.TensorSpec((None, None, D))]
+                    ),
+                )
+            arrays = {}
+            for i in range(2):
+                x = example(i, masked)
+                c = rng(7).normal(size=model(x).shape).astype("float32")
+                arrays |= {f"x{i}": x, f"c{i}": c}
+                expected[key, i] = first_order(model, x, c)
+            np.savez(folder / f"{key}.npz", **arrays)
+
+    names = json.dumps(list(dict.fromkeys(key for key, _ in expected)))
+    finished = subprocess.run(
+        [sys.executable, "-c", CONSUMER, str(folder), names],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr
+    with np.load(folder / "results.npz") as data:
+        return expected, dict(data)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "graph again", "xla"])
+@pytest.mark.parametrize(
+    "key",
+    [f"export {name}" for name in LAYERS] + ["save sequence", "save mask, softmax"],
+)
+def test_saved_model_without_the_package(key, mode, reloaded):
+    """Predictions and gradients, at any batch and length, in a process without it."""
+    expected, results = reloaded
+    # The rounding of bfloat16, 2^-8 next to 1, over some 20 roundings.
+    tolerance = 20 * 2**-8 if "mixed" in key else FLOAT32
+    for i in range(2):
+        y, gradients = expected[key, i]
+        got = f"{key}/{mode}/{i}"
+        assert relative_error(results[f"{got}/y"], tf.cast(y, tf.float32)) < tolerance
+        for k, gradient in enumerate(gradients):
+            assert np.max(np.abs(gradient)) > 1e-3
+            assert relative_error(results[f"{got}/d{k}"], gradient) < tolerance, k
+        assert f"{got}/d{len(gradients)}" not in results
+
+
+def test_export_does_not_ask_for_xla(tmp_path):
+    """An exported graph must load, and convert, where there is no XLA."""
+    model = small_model(BPTTRNN(H))
+    model.export(tmp_path / "model", verbose=False)
+    graph = tf.saved_model.load(tmp_path / "model").signatures["serving_default"].graph
+    functions = graph.as_graph_def().library.function
+    assert functions
+    for function in functions:
+        assert not function.attr["_XlaMustCompile"].b
+        assert "PyFunc" not in {node.op for node in function.node_def}
+
+
+def test_prediction_does_not_change_in_a_model():
+    """`predict`, in batches that do not divide the examples, as SimpleRNN's."""
+    x, _ = training_data()
+    outputs = []
+    for layer_class in (keras.layers.SimpleRNN, BPTTRNN):
+        model = small_model(layer_class(H), 0.0)
+        model.set_weights(random_weights())
+        outputs.append(model.predict(x, batch_size=10, verbose=0))
+    assert relative_error(outputs[1], outputs[0]) < FLOAT32
