@@ -23,7 +23,7 @@ from keras_bptt import BPTTRNN
 
 # Batch, timesteps, features, units. Central differences are taken in the first alone: they
 # need two losses for each number.
-SHAPES = [(2, 5, 3, 4), (3, 9, 5, 8)]
+SHAPES = [(2, 5, 3, 4), (3, 37, 5, 8)]
 # With the spectral radius of U that keeps gradients from vanishing, for slopes are mostly
 # below 1. Relative to next to nothing every error would be large.
 ACTIVATIONS = {"tanh": 1.2, "relu": 1.6, "gelu": 1.8, "softmax": 4.0}

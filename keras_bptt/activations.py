@@ -28,8 +28,8 @@ _SLOPES = {
     "elu": lambda h: tf.where(h < 0, h + 1, tf.ones_like(h)),
     "selu": lambda h: tf.where(
         h < 0,
-        h + tf.cast(_SELU_SCALE_ALPHA, h.dtype),
-        tf.cast(_SELU_SCALE, h.dtype),
+        h + tf.constant(_SELU_SCALE_ALPHA, h.dtype),
+        tf.constant(_SELU_SCALE, h.dtype),
     ),
     "softplus": lambda h: -tf.math.expm1(-h),
     "exponential": lambda h: h,

@@ -1,6 +1,6 @@
 """Join a forward and a backward computation: `tf.custom_gradient`, with its traps disarmed.
 
-The functions joined here hold the mathematics; this module holds none. Four facts about
+The functions joined here hold the mathematics; this module holds none. Five facts about
 TensorFlow shape it:
 
 * The tape must not record what happens inside the forward computation, else it keeps every
@@ -12,6 +12,9 @@ TensorFlow shape it:
   inner ones second derivatives would be silently wrong.
 * A reloaded SavedModel hands in missing cotangents as zeros whose unknown dimensions are 1,
   so cotangents are broadcast to their outputs' shapes.
+* The gradient of a graph is built in another graph, its gradient in a third. A tensor of
+  the first that is kept for use in the third is out of scope, so arguments are first made
+  tensors of the graph at hand.
 * Inside a `tf.function` a forward-mode tangent follows the operations of the decorated
   function, not its gradient, and would die silently at the `stop_gradient`.
 
@@ -63,7 +66,7 @@ def explicit(forward: Callable, backward: Callable) -> Callable:
 
             return tuple(outputs), grad
 
-        outer.append(operation(*args))
+        outer.append(operation(*map(_local, args)))
         return outer[0]
 
     return call
@@ -97,19 +100,20 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
         return run(derivation.forward, options, constants, *args)
 
     def gradients(args, outputs, residuals, cotangents):
+        number = len(args)
         outputs = tuple(map(tf.stop_gradient, outputs))
+        known = tf.nest.map_structure(_local, constants)
 
         def values(*tensors):
             args, cotangents = tensors[:number], tensors[number:]
-            known = constants, outputs, residuals, cotangents
-            return run(derivation.backward, options, *known, *args), ()
+            results = known, outputs, residuals, cotangents
+            return run(derivation.backward, options, *results, *args), ()
 
         def second_order(tensors, outputs, residuals, cotangents):
             del outputs, residuals  # recomputed, and so connected to the arguments
             static = (derivation.composed, options, number)
-            return run(_second_order, static, constants, tensors, cotangents)
+            return run(_second_order, static, known, tensors, cotangents)
 
-        number = len(args)
         return explicit(values, second_order)(*args, *cotangents)
 
     return explicit(forward, gradients)(*args)
@@ -135,8 +139,8 @@ def vjp(function: Callable, args, cotangents):
             outputs = function(*args)
         return tape.gradient(outputs, args, cotangents, unconnected_gradients=zero)
     # No tape here: while a forward-mode accumulator transposes a gradient, tapes record
-    # nothing. The identities make the arguments tensors of the graph being built.
-    args = [tf.identity(arg) for arg in args]
+    # nothing.
+    args = list(map(_local, args))
     return tf.gradients(
         function(*args), args, list(cotangents), unconnected_gradients=zero
     )
@@ -161,6 +165,13 @@ def _graph(function, options, widths):
     return tf.function(
         functools.partial(function, options), reduce_retracing=True, autograph=False
     )
+
+
+def _local(tensor):
+    """`tensor` as one of the graph that is being built."""
+    if tensor is None or tf.executing_eagerly():
+        return tensor
+    return tf.identity(tensor)
 
 
 def _like(cotangent, output):
