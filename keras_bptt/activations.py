@@ -92,6 +92,8 @@ def _probe(function, units, dtype):
     rng = np.random.default_rng(0)
     shape = (4, units)
     row, unit = np.indices(shape)
+    _evaluate(function, np.zeros(shape), dtype)  # a Keras layer is built by its call
+    _refuse_trainable_variables(function, shape, dtype)
     mixes = False
     for scale in (0.3, 1.0, 4.0):
         base, other = rng.normal(0, scale, (2, *shape))
@@ -130,15 +132,7 @@ def _halves(index):
 
 def _evaluate(function, z, dtype):
     z = tf.cast(z, dtype)
-    with tf.GradientTape() as tape:
-        h = tf.convert_to_tensor(function(z))
-    if tape.watched_variables():
-        names = ", ".join(variable.name for variable in tape.watched_variables())
-        raise ValueError(
-            "`activation` must not read trainable variables: their gradient would be "
-            f"lost. Received: activation={function}, which reads {names}. Make the "
-            "variable non-trainable, or pass activation=None and apply it as a layer."
-        )
+    h = tf.convert_to_tensor(function(z))
     if h.shape != z.shape or h.dtype != z.dtype:
         raise ValueError(
             f"`activation` must keep shape and dtype. Received: activation={function}, "
@@ -146,3 +140,16 @@ def _evaluate(function, z, dtype):
             f"{h.dtype.name}. Pass a function of one tensor that returns one like it."
         )
     return h.numpy().astype(float)
+
+
+def _refuse_trainable_variables(function, shape, dtype):
+    # A graph notes the variables that it reads; tapes are paused in an init_scope.
+    graph = tf.function(function, autograph=False)
+    graph = graph.get_concrete_function(tf.TensorSpec(shape, dtype)).graph
+    if graph.trainable_variables:
+        names = ", ".join(variable.name for variable in graph.trainable_variables)
+        raise ValueError(
+            "`activation` must not read trainable variables: their gradient would be "
+            f"lost. Received: activation={function}, which reads {names}. Make the "
+            "variable non-trainable, or pass activation=None and apply it as a layer."
+        )

@@ -122,18 +122,26 @@ class BPTTRNN(keras.layers.SimpleRNN):
         super().build(sequences_shape, initial_state_shape)
         self._activation = resolve(self.activation, self.units, self.cell.compute_dtype)
 
+    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
+        self._check_inputs(sequences_shape)  # symbolic inputs come here, not to `call`
+        return super().compute_output_shape(sequences_shape, initial_state_shape)
+
     def call(self, sequences, initial_state=None, mask=None, training=False):
         self._check_inputs(sequences.shape)
         self._check_mask(sequences.shape, mask)
+        self._check_state(sequences.shape, initial_state)
         return super().call(
             sequences, initial_state=initial_state, mask=mask, training=training
         )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         cell = self.cell
-        h_0 = self._full_state(sequences, initial_state)
+        # What `call` could not check, a size known at run time only, raises here: a state
+        # or a mask of one example would otherwise be that of all, silently.
+        steps = tf.shape(sequences)[:2]
+        h_0 = tf.reshape(initial_state[0], [steps[0], self.units])
         constants = Constants(
-            mask=None if mask is None else self._boolean(mask),
+            mask=None if mask is None else tf.reshape(tf.cast(mask, tf.bool), steps),
             d=cell.get_dropout_mask(sequences[:, 0, :]) if training else None,
             r=cell.get_recurrent_dropout_mask(h_0) if training else None,
         )
@@ -174,40 +182,27 @@ class BPTTRNN(keras.layers.SimpleRNN):
         if mask is None:
             return
         given = tuple(mask.shape)
-        given = given[:2] if len(given) == 3 and given[2] == 1 else given
-        if len(given) != 2 or any(
-            None not in sizes and sizes[0] != sizes[1]
-            for sizes in zip(given, shape[:2], strict=True)
-        ):
+        steps = given[:2] if len(given) == 3 and given[2] == 1 else given
+        if not _compatible(steps, shape[:2]):
             raise ValueError(
                 f"{self.name} takes a `mask` of shape (batch, timesteps), here "
-                f"{tuple(shape[:2])}. Received: shape {tuple(mask.shape)}. Pass one "
-                "boolean for each step of each example, False at steps to skip."
+                f"{tuple(shape[:2])}. Received: shape {given}. Pass one boolean for each "
+                "step of each example, False at steps to skip."
             )
 
-    def _boolean(self, mask):
-        mask = tf.cast(mask, tf.bool)
-        return mask[..., 0] if len(mask.shape) == 3 else mask
-
-    def _full_state(self, sequences, initial_state):
-        """The initial state, checked: a (1, units) one would broadcast silently."""
-        if not isinstance(initial_state, list | tuple):
-            initial_state = [initial_state]
-        shapes = [tuple(state.shape) for state in initial_state]
-        expected = (sequences.shape[0], self.units)
-        if (
-            len(shapes) != 1
-            or len(shapes[0]) != 2
-            or any(
-                None not in sizes and sizes[0] != sizes[1]
-                for sizes in zip(shapes[0], expected, strict=True)
-            )
-        ):
+    def _check_state(self, shape, initial_state):
+        if initial_state is None:
+            return
+        nested = isinstance(initial_state, (list, tuple))
+        given = [tuple(s.shape) for s in (initial_state if nested else [initial_state])]
+        expected = (shape[0], self.units)
+        if len(given) != 1 or not _compatible(given[0], expected):
             raise ValueError(
                 f"{self.name} takes one `initial_state` of shape (batch, units), here "
-                f"{expected}. Received: {len(shapes)} of shape "
-                f"{', '.join(map(str, shapes))}. Pass one state for each example."
+                f"{expected}. Received: {len(given)} of shape "
+                f"{', '.join(map(str, given))}. Pass one state for each example."
             )
-        # Where a size is known at run time only, this raises there.
-        state = tf.convert_to_tensor(initial_state[0])
-        return tf.reshape(state, [tf.shape(sequences)[0], self.units])
+
+
+def _compatible(given, expected):
+    return tf.TensorShape(given).is_compatible_with(expected)

@@ -33,7 +33,7 @@ def forward(options, constants, a, b):
     return (a * b, a * a), {"a": a}
 
 
-def backward(options, constants, residuals, cotangents, a, b):
+def backward(options, constants, outputs, residuals, cotangents, a, b):
     d_product, d_square = cotangents
     return d_product * b + 2 * residuals["a"] * d_square, d_product * a
 
@@ -154,7 +154,7 @@ def test_constants_of_a_derivation_have_no_gradient():
     def forward(options, constant, x):
         return (constant * x,), ()
 
-    def backward(options, constant, residuals, cotangents, x):
+    def backward(options, constant, outputs, residuals, cotangents, x):
         return (constant * cotangents[0],)
 
     constant, x = tf.constant([2.0]), tf.constant([3.0])
