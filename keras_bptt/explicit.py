@@ -30,8 +30,8 @@ import tensorflow as tf
 
 _NO_FORWARD_MODE = (
     "BPTTRNN has no forward-mode derivative (tf.autodiff.ForwardAccumulator) inside a "
-    "tf.function. Use the accumulator in eager mode, or compute the product J v by two "
-    "tf.GradientTapes: the gradient of <u, J v> with respect to u."
+    "tf.function. Use the accumulator around the tf.function, or compute J v by two "
+    "tf.GradientTapes: it is the gradient of <J^T u, v> with respect to u."
 )
 
 

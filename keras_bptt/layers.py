@@ -25,7 +25,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
     same weights and gives the same outputs and gradients. The gradient is written out
     instead of being left to automatic differentiation of a `while` loop. Time: one matrix
     product of size (batch, units) x (units, units) per step and direction; the input
-    projection and every weight gradient are one large product over all steps. Memory
+    projection and every weight gradient are large products over blocks of steps. Memory
     between the passes: the states, (timesteps, batch, units), and nothing else.
 
     Forward, for t = 1 ... T, in row vectors, with `x_t`, `h_t`, `W`, `U`, `b`, `h_0` =
@@ -51,7 +51,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
     for any other function of one unit z_t is computed again. An activation that mixes
     units, such as softmax, is found out when the layer is built, and costs one
     vector-Jacobian product a step. Forward mode (`tf.autodiff.ForwardAccumulator`) works
-    eagerly and raises inside a `tf.function`.
+    around eager code and around a `tf.function`, and raises inside one.
 
     Args:
         units: Positive integer, the size of the hidden state.

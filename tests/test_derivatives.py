@@ -511,8 +511,8 @@ def test_forward_mode_inside_a_graph_says_that_it_cannot(mode):
 
 
 @pytest.mark.parametrize("mode", ["graph", "xla"])
-def test_forward_mode_around_a_graph_gives_no_wrong_number(mode):
-    """TensorFlow then builds the graph again, with its tangents: rightly or not at all."""
+def test_forward_mode_around_a_graph(mode):
+    """TensorFlow then builds the graph again, with its tangents."""
     theirs, ours = unrolled_pair()
     x, v = tf.constant(random_inputs()), tf.constant(random_inputs(seed=6))
     with tf.autodiff.ForwardAccumulator(x, v) as forward:
@@ -520,13 +520,9 @@ def test_forward_mode_around_a_graph_gives_no_wrong_number(mode):
     expected = forward.jvp(y)
     call = MODES[mode](ours)
     call(x)
-    try:
-        with tf.autodiff.ForwardAccumulator(x, v) as forward:
-            y = call(x)
-        product = forward.jvp(y)
-    except (LookupError, TypeError, tf.errors.OpError):
-        return
-    assert relative_error(product, expected) < FLOAT64
+    with tf.autodiff.ForwardAccumulator(x, v) as forward:
+        y = call(x)
+    assert relative_error(forward.jvp(y), expected) < FLOAT64
 
 
 def test_two_tapes_do_in_a_graph_what_forward_mode_does():
