@@ -16,7 +16,7 @@ def walk(block, carry, steps, width, *, reverse=False, unroll=False):
         block: the function of steps start ... start + size - 1.
         carry: tuple of tensors, what goes from block to block.
         steps: the number of steps, an integer or, where only run time tells, a tensor.
-        width: the outputs of a block are (size, batch, width).
+        width: the outputs of a block are (size, batch, width). None: there are none.
         reverse: from the last block to the first. Outputs stand at their steps' places.
         unroll: make one block of all steps.
 
@@ -33,23 +33,27 @@ def walk(block, carry, steps, width, *, reverse=False, unroll=False):
     if rest is None and count == 1:
         return block(0, steps, carry)
 
-    def body(i, carry, outputs):
+    def body(i, carry, array):
         j = count - 1 - i if reverse else i
         new, output = block(j * size, size, carry)
         new = tuple(
             tf.ensure_shape(n, c.shape) for n, c in zip(new, carry, strict=True)
         )
-        return i + 1, new, outputs.write(j, output)
+        return i + 1, new, array if width is None else array.write(j, output)
 
     def full_blocks(carry):
-        shape = [size if isinstance(size, int) else None, None, width]
-        # Never without an element: XLA compiles the loop also where it does not run.
-        array = tf.TensorArray(
-            carry[0].dtype, tf.maximum(count, 1), element_shape=shape
-        )
+        array = 0
+        if width is not None:
+            shape = [size if isinstance(size, int) else None, None, width]
+            # Never without an element: XLA compiles the loop also where it does not run.
+            array = tf.TensorArray(
+                carry[0].dtype, tf.maximum(count, 1), element_shape=shape
+            )
         _, carry, array = tf.while_loop(
             lambda i, *_: i < count, body, (0, carry, array)
         )
+        if width is None:
+            return carry, None
         batch = tf.shape(carry[0])[0]
         outputs = stack(array, [size, batch, width])
         outputs = tf.reshape(outputs, [-1, batch, width])
@@ -63,7 +67,7 @@ def walk(block, carry, steps, width, *, reverse=False, unroll=False):
     else:
         carry, outputs = full_blocks(carry)
         carry, last = block(count * size, rest, carry)
-    return carry, tf.concat([outputs, last], 0)
+    return carry, None if width is None else tf.concat([outputs, last], 0)
 
 
 def block_size(steps, unroll):

@@ -151,17 +151,22 @@ def run(function: Callable, options, *tensors):
 
     An eager `tf.while_loop` is a Python loop over single operations. The function, its
     hashable `options` and the widths of the tensors are the key of the cache: a graph may
-    be for any batch and any number of steps, but not for any number of units.
+    be for any batch and any number of steps, but not for any number of units. A graph that
+    is unrolled is for one number of steps.
     """
     if not tf.executing_eagerly():
         return function(options, *tensors)
+    unroll = any(
+        getattr(option, "unroll", False) for option in tf.nest.flatten(options)
+    )
     floating = [t for t in tf.nest.flatten(tensors) if tf.is_tensor(t)]
-    widths = tuple(t.shape[-1] for t in floating if t.dtype.is_floating)
-    return _graph(function, options, widths)(*tensors)
+    shapes = [tuple(t.shape) for t in floating if t.dtype.is_floating]
+    key = tuple(shapes if unroll else (shape[-1] for shape in shapes))
+    return _graph(function, options, key)(*tensors)
 
 
 @functools.lru_cache(maxsize=256)
-def _graph(function, options, widths):
+def _graph(function, options, key):
     return tf.function(
         functools.partial(function, options), reduce_retracing=True, autograph=False
     )

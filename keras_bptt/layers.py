@@ -26,7 +26,11 @@ class BPTTRNN(keras.layers.SimpleRNN):
     instead of being left to automatic differentiation of a `while` loop. Time: one matrix
     product of size (batch, units) x (units, units) per step and direction; the input
     projection and every weight gradient are large products over blocks of steps. Memory
-    between the passes: the states, (timesteps, batch, units), and nothing else.
+    between the passes: the states, (timesteps, batch, units), and nothing else. Where
+    `training` is false and the outputs are not the states, not even those: inference takes
+    no memory that grows with `timesteps`, and a gradient asked for all the same computes
+    the states again, one more forward pass. So pass `training=True` in a training loop of
+    your own.
 
     Forward, for t = 1 ... T, in row vectors, with `x_t`, `h_t`, `W`, `U`, `b`, `h_0` =
     a step of `inputs`, the hidden state, `kernel`, `recurrent_kernel`, `bias`,
@@ -151,6 +155,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
             zero_output_for_mask=self.zero_output_for_mask,
             go_backwards=self.go_backwards,
             unroll=self.unroll,
+            keep_states=bool(training),
         )
         # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
         # itself, which the gradient would read outside the scope that casts it.

@@ -44,13 +44,19 @@ from keras_bptt.scans import (
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
-    """Static options, named as in Keras."""
+    """Static options, named as in Keras.
+
+    `keep_states` says whether the forward pass is to keep h, where the outputs do not tell
+    it, for a backward pass that is likely to come. One that comes nevertheless computes h
+    again.
+    """
 
     activation: Activation
     return_sequences: bool = False
     zero_output_for_mask: bool = False
     go_backwards: bool = False
     unroll: bool = False
+    keep_states: bool = True
 
     @property
     def states(self) -> States:
@@ -97,33 +103,40 @@ def composed(options, constants, x, W, U, h_0, *b):
     inputs = where(mask, dropped(constants, to_time_major(x)))
     z = project(inputs, W, *b)
     h = states(options.states, z, U, h_0, mask, constants.r)
-    return read_out(options, mask, h)
+    return read_out(options, mask, h, h[-1])
 
 
 def forward(options, constants, x, W, U, h_0, *b):
-    """Return the outputs; and h (timesteps, batch, units), unless the outputs tell it."""
+    """Return the outputs; and h (timesteps, batch, units), if it is to be kept."""
     x, mask = processing_order(options, x, constants.mask)
     step = states_step(options.states, U, constants.r)
+    told = options.return_sequences and mask is None
+    needed = options.return_sequences or options.keep_states
 
     def block(start, size, carry):
         inputs = to_time_major(cut(x, 1, start, size))
         z = project(dropped(constants, inputs), W, *b)
         m = cut(mask, 0, start, size)
         h, states = scan(step, *carry, (z, m), unroll=options.unroll)
-        return (h,), states
+        return (h,), states if needed else None
 
-    _, h = walk(block, (h_0,), size_of(x, 1), U.shape[0], unroll=options.unroll)
-    outputs = read_out(options, mask, h)
-    return outputs, () if options.return_sequences and mask is None else (h,)
+    width = U.shape[0] if needed else None
+    (last,), h = walk(block, (h_0,), size_of(x, 1), width, unroll=options.unroll)
+    outputs = read_out(options, mask, h, last)
+    return outputs, (h,) if options.keep_states and not told else ()
 
 
-def backward(options, constants, outputs, residuals, cotangents, x, W, U, h_0, *b):
+def backward(options, constants, outputs, residuals, cotangents, *arguments):
     """Return the gradients of x, W, U, h_0 and, where there is one, b."""
+    x, W, U, h_0, *b = arguments
     x, mask = processing_order(options, x, constants.mask)
     seen = visible(options, mask)
     step = adjoint_step(options.activation, U, constants.r)
     known_slope = options.activation.slope_of_output is not None
     dy, ds = cotangents
+    if not (residuals or options.return_sequences and mask is None):
+        again = dataclasses.replace(options, keep_states=True)
+        _, residuals = forward(again, constants, *arguments)
 
     def states_of(start, size):
         if residuals:
@@ -189,12 +202,12 @@ def dropped(constants, x):
     return x if constants.d is None else constants.d * x
 
 
-def read_out(options, mask, h):
+def read_out(options, mask, h, last):
     """Return (y, h_T)."""
     seen = visible(options, mask)
-    if not options.return_sequences:
-        return h[-1] if seen is None else where(seen[-1], h[-1]), h[-1]
-    return to_batch_major(where(seen, h)), h[-1]
+    if options.return_sequences:
+        return to_batch_major(where(seen, h)), last
+    return last if seen is None else where(seen[-1], last), last
 
 
 def visible(options, mask):

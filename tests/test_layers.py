@@ -665,7 +665,7 @@ def test_one_graph_for_every_length_and_batch(activation, mode):
         return gradients(ours, x, mask, cotangent)
 
     reference = tf.function(gradients, jit_compile=True) if mode == "xla" else gradients
-    for batch, time in ((B, T), (2, 9), (1, 1)):
+    for batch, time in ((B, T), (2, 9), (1, 1), (2, 16), (3, 17), (2, 37)):
         arguments = (
             tf.constant(random_inputs(batch, time, D)),
             tf.constant(rng(time).random((batch, time)) < 0.8),
@@ -770,7 +770,9 @@ def problems(draw):
     """Any options, sizes, mask, state and mode at once."""
     flag = st.booleans()
     size = st.integers(1, 5)
-    batch, time, features, units = draw(st.tuples(size, size, size, size))
+    batch, features, units = draw(st.tuples(size, size, size))
+    # Less than a block of steps, one, two, and blocks with a rest.
+    time = draw(st.one_of(size, st.sampled_from([16, 17, 32, 37])))
     options = {
         "units": units,
         "features": features,
