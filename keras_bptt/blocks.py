@@ -56,8 +56,10 @@ def walk(block, carry, steps, width, *, reverse=False, unroll=False):
             return carry, None
         batch = tf.shape(carry[0])[0]
         outputs = stack(array, [size, batch, width])
-        outputs = tf.reshape(outputs, [-1, batch, width])
-        return carry, outputs if rest is None else outputs[: count * size]
+        # Of the one element that there always is nothing is left where count is 0.
+        outputs = tf.reshape(outputs, [-1, batch, width])[: count * size]
+        known = count * size if isinstance(count, int) else None
+        return carry, tf.ensure_shape(outputs, [known, None, width])
 
     if rest is None:
         return full_blocks(carry)

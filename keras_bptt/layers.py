@@ -141,9 +141,10 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def inner_loop(self, sequences, initial_state, mask, training=False):
         cell = self.cell
         # What `call` could not check, a size known at run time only, raises here: a state
-        # or a mask of one example would otherwise be that of all, silently.
+        # or a mask of one example would otherwise be that of all, silently. (Grappler
+        # drops a reshape that seems to change nothing; hence the axis that comes and goes.)
         steps = tf.shape(sequences)[:2]
-        h_0 = tf.reshape(initial_state[0], [steps[0], self.units])
+        h_0 = tf.reshape(initial_state[0], [steps[0], 1, self.units])[:, 0]
         constants = Constants(
             mask=None if mask is None else tf.reshape(tf.cast(mask, tf.bool), steps),
             d=cell.get_dropout_mask(sequences[:, 0, :]) if training else None,

@@ -59,7 +59,8 @@ def scan(step, carry, inputs, *, reverse=False, unroll=False):
     _, carry, outputs = tf.while_loop(
         lambda i, *_: i < steps, body, (0, carry, outputs)
     )
-    return carry, stack(outputs, tf.shape(first)[1:])
+    outputs = stack(outputs, tf.shape(first)[1:])
+    return carry, tf.ensure_shape(outputs, first.shape)
 
 
 def stack(array, shape):

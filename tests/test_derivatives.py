@@ -151,6 +151,22 @@ def test_second_order(case, mode):
     assert_derivatives(2, mode, options, **call)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_second_order_of_a_long_sequence(masked, training):
+    """More steps than one block, with and without the states kept from before."""
+    steps = 37
+    theirs, ours = unrolled_pair(return_state=True)
+    x = random_inputs(B, steps, D)
+    call = {"training": training}
+    if masked:
+        call["mask"] = rng(1).random((B, steps)) < 0.7
+    expected = derivatives(2, theirs, x, STATE, "eager", **call)
+    got = derivatives(2, ours, x, STATE, "graph", **call)
+    for wanted, given in zip(expected, got, strict=True):
+        assert relative_error(given, wanted) < HIGHER
+
+
 @pytest.mark.parametrize("case", ["mask", "softmax", "gelu"])
 def test_third_order(case):
     options, call = split(case)

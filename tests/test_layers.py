@@ -245,6 +245,58 @@ def test_same_global_seed_gives_the_same_weights_and_dropout():
     np.testing.assert_array_equal(*outputs)
 
 
+# --- Long sequences, which are walked over in blocks of steps
+
+# A multiple of many sizes; a prime, which leaves a last block of its own.
+LENGTHS = [48, 53]
+
+
+def long_mask(steps):
+    """Holes; a masked start and end, longer than a block; nothing but masked steps."""
+    mask = rng(1).random((B, steps)) < 0.7
+    mask[1, :20] = mask[1, -20:] = mask[2] = False
+    return mask
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("sequence", [False, True], ids=["last output", "sequence"])
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_long_sequence(steps, sequence, masked, training):
+    """Whether the states are kept for the gradient or computed again is all the same."""
+    mask = {"mask": long_mask(steps)} if masked else {}
+    compare(
+        random_inputs(B, steps, D),
+        "graph",
+        # At a larger radius of U the gradient of the state survives 53 steps of tanh.
+        options={"return_sequences": sequence, "return_state": True, "radius": 1.6},
+        state=STATE,
+        training=training,
+        **mask,
+    )
+
+
+@pytest.mark.parametrize("steps", LENGTHS)
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "softmax"])
+def test_long_sequence_with_everything(activation, steps, mode):
+    compare(
+        random_inputs(B, steps, D),
+        mode,
+        options={
+            "activation": activation,
+            "return_sequences": True,
+            "return_state": True,
+            "go_backwards": True,
+            "dropout": 0.2,
+            "recurrent_dropout": 0.2,
+            "seed": 3,
+        },
+        state=STATE,
+        mask=long_mask(steps),
+        training=True,
+    )
+
+
 # --- Masks
 
 MASKS = {
