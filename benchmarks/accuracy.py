@@ -23,10 +23,11 @@ from keras_bptt import BPTTRNN
 
 # Batch, timesteps, features, units. Central differences are taken in the first alone: they
 # need two losses for each number.
-SHAPES = [(2, 5, 3, 4), (3, 37, 5, 8)]
+SHAPES = [(2, 5, 3, 4), (3, 70, 5, 8)]
 # With a spectral radius of U at which most gradients neither vanish nor explode, for
-# slopes are mostly below 1. Relative to next to nothing every error would be large.
-ACTIVATIONS = {"tanh": 1.2, "relu": 1.3, "gelu": 1.4, "softmax": 4.0}
+# slopes are mostly below 1. Relative to next to nothing every error would be large; and
+# with more, a network of 70 steps would be chaotic: rounding grows from step to step.
+ACTIVATIONS = {"tanh": 1.1, "relu": 1.1, "gelu": 1.1, "softmax": 4.0}
 MODES = {
     "eager": lambda function: function,
     "tf.function": tf.function,
@@ -42,12 +43,12 @@ GRADIENTS = [
 
 # Column -> the largest error allowed. The same sums in another order: rounding moves each
 # of T steps by at most (D + H + 1) eps, forward and backward, and links with a gain near 1
-# hand it on. That is 2 T (D + H + 1) eps: 2e-13 and 1e-4 for the larger shape. Central
-# differences with a step of 1e-5 are right to about 1e-10 of the loss, for curvature and
-# for rounding.
+# hand it on: 2 T (D + H + 1) eps, if all had one sign. They have not; allow a tenth of it.
+# Central differences with a step of 1e-5 are right to about 1e-10 of the loss, for
+# curvature and for rounding.
 BOUNDS = {
     "SimpleRNN, float64": 1e-12,
-    "SimpleRNN, float32": 1e-4,
+    "SimpleRNN, float32": 2e-5,
     "central differences, float64": 1e-7,
 }
 EPSILON = 1e-5
@@ -130,7 +131,7 @@ def measure():
     options = [(False, False), (False, True), (True, False), (True, True)]
     configurations = [
         *itertools.product([short], ACTIVATIONS, options),
-        # Of the last of 37 outputs alone nothing may be left at h_0, and then no error.
+        # Of the last of 70 outputs alone nothing may be left at h_0, and then no error.
         *itertools.product([long], ACTIVATIONS, options[1::2]),
     ]
     for seed, configuration in enumerate(configurations):

@@ -2,11 +2,11 @@
 
 import tensorflow as tf
 
-from keras_bptt.scans import stack
+from keras_bptt.scans import size_of, stack
 
 # Steps a block: its slices of x, h and delta are to stay in cache, its matrix products are
 # to be large.
-SIZE = 16
+SIZE = 32
 
 
 def walk(block, carry, steps, width, *, reverse=False, unroll=False):
@@ -80,11 +80,6 @@ def block_size(steps, unroll):
         return steps
     sizes = [size for size in range(SIZE // 2, 2 * SIZE + 1) if steps % size == 0]
     return min(sizes, key=lambda size: abs(size - SIZE), default=SIZE)
-
-
-def size_of(x, axis):
-    """A size of `x`, an integer where it is known."""
-    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
 
 
 def cut(x, axis, start, size):

@@ -30,12 +30,14 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
-from keras_bptt.blocks import cut, size_of, walk
+from keras_bptt.blocks import cut, walk
 from keras_bptt.explicit import Derivation, explicit_first_order
 from keras_bptt.scans import (
     States,
+    at,
     previous_states,
     scan,
+    size_of,
     states,
     states_step,
     sum_of_products,
@@ -117,7 +119,9 @@ def forward(options, constants, x, W, U, h_0, *b):
         inputs = to_time_major(cut(x, 1, start, size))
         z = project(dropped(constants, inputs), W, *b)
         m = cut(mask, 0, start, size)
-        h, states = scan(step, *carry, (z, m), unroll=options.unroll)
+        h, states = scan(
+            step, *carry, lambda t: at(t, z, m), size, unroll=options.unroll
+        )
         return (h,), states if needed else None
 
     width = U.shape[0] if needed else None
@@ -138,6 +142,9 @@ def backward(options, constants, outputs, residuals, cotangents, *arguments):
         again = dataclasses.replace(options, keep_states=True)
         _, residuals = forward(again, constants, *arguments)
 
+    def state_of(t):
+        return residuals[0][t] if residuals else outputs[0][:, t]
+
     def states_of(start, size):
         if residuals:
             return cut(*residuals, 0, start, size)
@@ -149,16 +156,18 @@ def backward(options, constants, outputs, residuals, cotangents, *arguments):
         # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
         inputs = to_time_major(cut(x, 1, start, size))
         inputs = where(m, dropped(constants, inputs))
-        h, before = states_of(start, size), states_of(tf.maximum(start - 1, 0), 1)[0]
-        before = previous_states(h, tf.where(start > 0, before, h_0), constants.r)
+        before = tf.where(start > 0, state_of(tf.maximum(start - 1, 0)), h_0)
+        before = previous_states(states_of(start, size), before, constants.r)
         z = None
         if not known_slope:
             z = where(m, project(inputs, W, *b) + tf.tensordot(before, U, 1))
-        e = None
-        if options.return_sequences:
-            e = to_time_major(cut(dy, 1, start, size))
-            e = where(cut(seen, 0, start, size), e)
-        a, delta = scan(step, a, (h, z, e, m), reverse=True, unroll=options.unroll)
+
+        def step_inputs(i):
+            t = start + i
+            e = where(at(t, seen)[0], dy[:, t]) if options.return_sequences else None
+            return state_of(t) if z is None else None, *at(i, z, m), e
+
+        a, delta = scan(step, a, step_inputs, size, reverse=True, unroll=options.unroll)
         d_x = dropped(constants, tf.tensordot(delta, W, [[2], [1]]))
         d_W += sum_of_products(inputs, delta)
         d_U += sum_of_products(before, delta)
@@ -180,7 +189,7 @@ def adjoint_step(f, U, r):
     """One step back. The carry is a_t without its own e_t: what later steps send back."""
     U_T = tf.transpose(U)
 
-    def step(carry, h, z, e, m):
+    def step(carry, h, z, m, e):
         a = carry if e is None else e + carry
         inward = where(m, a)
         delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)

@@ -19,48 +19,49 @@ from keras_bptt.activations import Activation
 from keras_bptt.explicit import explicit, run, vjp
 
 
-def scan(step, carry, inputs, *, reverse=False, unroll=False):
-    """Run `carry, output = step(carry, *inputs_t)` over time; stack the outputs.
+def scan(step, carry, inputs, steps, *, reverse=False, unroll=False):
+    """Run `carry, output = step(carry, *inputs(t))` over time; stack the outputs.
 
     Args:
         step: the function of one step.
         carry: tensor (batch, units), the state that goes from step to step.
-        inputs: tensors (timesteps, batch, ...), the first of them (timesteps, batch,
-            units), as the outputs. None is passed on as None.
+        inputs: a function of t = 0 ... steps - 1 that returns the tensors of step t; None
+            is passed on as None. Step by step it reads slices of whatever is there, which
+            is quicker than to lay out anew what the loop reads.
+        steps: the number of steps, an integer or, where only run time tells, a tensor.
         reverse: from the last step to the first. Outputs stand at their step's place.
-        unroll: write every step into the graph; the number of steps must be static.
+        unroll: write every step into the graph.
 
     Returns:
-        The last carry and the stacked outputs (timesteps, batch, units).
+        The last carry and the stacked outputs (steps, batch, units).
     """
-    first = inputs[0]
-    shape = carry.shape
-
-    def at(t):
-        # Slices, not TensorArrays: under XLA both are slices, in a graph this is quicker.
-        return [x if x is None else x[t] for x in inputs]
-
     if unroll:
-        outputs = [None] * first.shape[0]
-        steps = range(first.shape[0])
-        for t in reversed(steps) if reverse else steps:
-            carry, outputs[t] = step(carry, *at(t))
+        outputs = [None] * steps
+        for t in reversed(range(steps)) if reverse else range(steps):
+            carry, outputs[t] = step(carry, *inputs(t))
         # Without a step (a single step has no link) there is nothing to stack.
-        return carry, tf.stack(outputs) if outputs else first
-
-    steps = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
+        return carry, tf.stack(outputs) if outputs else carry[None][:0]
 
     def body(i, carry, outputs):
         t = steps - 1 - i if reverse else i
-        carry, output = step(carry, *at(t))
-        return i + 1, tf.ensure_shape(carry, shape), outputs.write(t, output)
+        new, output = step(carry, *inputs(t))
+        return i + 1, tf.ensure_shape(new, carry.shape), outputs.write(t, output)
 
-    outputs = tf.TensorArray(first.dtype, steps, element_shape=first.shape[1:])
-    _, carry, outputs = tf.while_loop(
-        lambda i, *_: i < steps, body, (0, carry, outputs)
-    )
-    outputs = stack(outputs, tf.shape(first)[1:])
-    return carry, tf.ensure_shape(outputs, first.shape)
+    outputs = tf.TensorArray(carry.dtype, steps, element_shape=carry.shape)
+    _, last, outputs = tf.while_loop(lambda i, *_: i < steps, body, (0, carry, outputs))
+    known = steps if isinstance(steps, int) else None
+    outputs = stack(outputs, tf.shape(carry))
+    return last, tf.ensure_shape(outputs, [known, *carry.shape])
+
+
+def at(t, *tensors):
+    """Step t of each tensor (timesteps, batch, ...); None stays None."""
+    return [x if x is None else x[t] for x in tensors]
+
+
+def size_of(x, axis):
+    """A size of `x`, an integer where it is known."""
+    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
 
 
 def stack(array, shape):
@@ -95,7 +96,8 @@ def states_step(options, U, r):
 def states_loop(options, z, U, h_0, mask, r):
     """The values of `states`."""
     step = states_step(options, U, r)
-    return scan(step, h_0, (z, mask), unroll=options.unroll)[1]
+    steps = size_of(z, 0)
+    return scan(step, h_0, lambda t: at(t, z, mask), steps, unroll=options.unroll)[1]
 
 
 def states(options: States, z, U, h_0, mask=None, r=None):
@@ -198,7 +200,12 @@ def adjoint_loop(options, e, S, P, Q, M, z=None):
     # The step at the start has no link before it: v = e.
     first, rest = (e[-1], e[:-1]) if options.reverse else (e[0], e[1:])
     _, v = scan(
-        step, first, (rest, S, P, Q, z), reverse=options.reverse, unroll=options.unroll
+        step,
+        first,
+        lambda t: at(t, rest, S, P, Q, z),
+        size_of(rest, 0),
+        reverse=options.reverse,
+        unroll=options.unroll,
     )
     return tf.concat([v, first[None]] if options.reverse else [first[None], v], 0)
 

@@ -474,8 +474,10 @@ def primals_and_tangents(layer, x):
     return primals, [tf.constant(random.normal(size=p.shape)) for p in primals]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
-@pytest.mark.parametrize("case", FORWARD)
+@pytest.mark.parametrize(
+    ("case", "masked"),
+    [(case, False) for case in FORWARD] + [("sequence and state", True)],
+)
 def test_jacobian_times_vector(case, masked):
     products = []
     for layer in unrolled_pair(**FORWARD[case]):

@@ -85,15 +85,15 @@ def tame(name):
     return {"radius": 0.2} if name == "exponential" else {}
 
 
-# One or two of each way in which the gradient is computed; XLA is slow to compile.
-IN_XLA = ["tanh", "relu", "selu", "leaky_relu", "gelu", "softmax", "mixing function"]
+# One or two of each way in which the gradient is computed; graphs are slow to build.
+IN_GRAPHS = ["tanh", "relu", "selu", "leaky_relu", "gelu", "softmax", "mixing function"]
 
 
-def not_chosen_in_xla(name, mode):
-    return mode == "xla" and name not in IN_XLA
+def few_in_graphs(name, mode):
+    return mode != "eager" and name not in IN_GRAPHS
 
 
-@pytest.mark.parametrize(("name", "mode"), cases(ACTIVATIONS, slow=not_chosen_in_xla))
+@pytest.mark.parametrize(("name", "mode"), cases(ACTIVATIONS, slow=few_in_graphs))
 def test_activation(name, mode):
     options = {"activation": ACTIVATIONS[name], "return_sequences": True} | tame(name)
     compare(0.5 * random_inputs(), mode, options=options, state=STATE)
@@ -268,16 +268,23 @@ def test_long_sequence(steps, sequence, masked, training):
     compare(
         random_inputs(B, steps, D),
         "graph",
-        # At a larger radius of U the gradient of the state survives 53 steps of tanh.
-        options={"return_sequences": sequence, "return_state": True, "radius": 1.6},
+        options={"return_sequences": sequence, "return_state": True},
         state=STATE,
         training=training,
+        # It vanishes over so many steps, where no mask lets it pass.
+        dead=() if sequence or masked else ("d_state0",),
         **mask,
     )
 
 
-@pytest.mark.parametrize("steps", LENGTHS)
-@pytest.mark.parametrize("activation", ["tanh", "gelu", "softmax"])
+def not_prime(activation, steps, mode):
+    return steps != LENGTHS[1]
+
+
+@pytest.mark.parametrize(
+    ("activation", "steps", "mode"),
+    cases(["tanh", "gelu", "softmax"], LENGTHS, slow=not_prime),
+)
 def test_long_sequence_with_everything(activation, steps, mode):
     compare(
         random_inputs(B, steps, D),
@@ -661,13 +668,13 @@ SIZES = {
 }
 
 
-def not_all_in_xla(name, sequence, masked, mode):
-    return mode == "xla" and (sequence, masked) != (SEQUENCE, MASK)
+def not_all_in_graphs(name, sequence, masked, mode):
+    return mode != "eager" and (sequence, masked) != (SEQUENCE, MASK)
 
 
 @pytest.mark.parametrize(
     ("name", "sequence", "masked", "mode"),
-    cases(SIZES, [LAST, SEQUENCE], [NO_MASK, MASK], slow=not_all_in_xla),
+    cases(SIZES, [LAST, SEQUENCE], [NO_MASK, MASK], slow=not_all_in_graphs),
 )
 def test_sizes(name, sequence, masked, mode):
     batch, time, features, units = SIZES[name]
@@ -717,7 +724,7 @@ def test_one_graph_for_every_length_and_batch(activation, mode):
         return gradients(ours, x, mask, cotangent)
 
     reference = tf.function(gradients, jit_compile=True) if mode == "xla" else gradients
-    for batch, time in ((B, T), (2, 9), (1, 1), (2, 16), (3, 17), (2, 37)):
+    for batch, time in ((B, T), (2, 9), (1, 1), (2, 33), (3, 64), (2, 67)):
         arguments = (
             tf.constant(random_inputs(batch, time, D)),
             tf.constant(rng(time).random((batch, time)) < 0.8),
@@ -824,7 +831,7 @@ def problems(draw):
     size = st.integers(1, 5)
     batch, features, units = draw(st.tuples(size, size, size))
     # Less than a block of steps, one, two, and blocks with a rest.
-    time = draw(st.one_of(size, st.sampled_from([16, 17, 32, 37])))
+    time = draw(st.one_of(size, st.sampled_from([32, 33, 64, 67])))
     options = {
         "units": units,
         "features": features,
@@ -833,7 +840,7 @@ def problems(draw):
         "return_sequences": draw(flag),
         "return_state": draw(flag),
         "go_backwards": draw(flag),
-        "unroll": draw(flag),
+        "unroll": draw(flag) and time <= 5,
         "zero_output_for_mask": draw(flag),
         "dropout": draw(st.sampled_from([0.0, 0.3])),
         "recurrent_dropout": draw(st.sampled_from([0.0, 0.3])),
