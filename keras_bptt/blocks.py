@@ -4,9 +4,9 @@ import tensorflow as tf
 
 from keras_bptt.scans import size_of, stack
 
-# Steps a block: its slices of x, h and delta are to stay in cache, its matrix products are
-# to be large.
-SIZE = 32
+# Steps a block. Shorter ones cost time for each block, longer ones memory: what a block
+# computes and does not keep.
+SIZE = 128
 
 
 def walk(block, carry, steps, width, *, reverse=False, unroll=False):

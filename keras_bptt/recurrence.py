@@ -138,17 +138,14 @@ def backward(options, constants, outputs, residuals, cotangents, *arguments):
     step = adjoint_step(options.activation, U, constants.r)
     known_slope = options.activation.slope_of_output is not None
     dy, ds = cotangents
-    if not (residuals or options.return_sequences and mask is None):
+    if residuals:
+        (h,) = residuals
+    elif options.return_sequences and mask is None:
+        h = to_time_major(outputs[0])
+    else:
         again = dataclasses.replace(options, keep_states=True)
-        _, residuals = forward(again, constants, *arguments)
-
-    def state_of(t):
-        return residuals[0][t] if residuals else outputs[0][:, t]
-
-    def states_of(start, size):
-        if residuals:
-            return cut(*residuals, 0, start, size)
-        return to_time_major(cut(outputs[0], 1, start, size))
+        _, (h,) = forward(again, constants, *arguments)
+    e = where(seen, to_time_major(dy)) if options.return_sequences else None
 
     def block(start, size, carry):
         a, d_W, d_U, *d_b = carry
@@ -156,16 +153,14 @@ def backward(options, constants, outputs, residuals, cotangents, *arguments):
         # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
         inputs = to_time_major(cut(x, 1, start, size))
         inputs = where(m, dropped(constants, inputs))
-        before = tf.where(start > 0, state_of(tf.maximum(start - 1, 0)), h_0)
-        before = previous_states(states_of(start, size), before, constants.r)
+        before = tf.where(start > 0, h[tf.maximum(start - 1, 0)], h_0)
+        before = previous_states(cut(h, 0, start, size), before, constants.r)
         z = None
         if not known_slope:
             z = where(m, project(inputs, W, *b) + tf.tensordot(before, U, 1))
 
         def step_inputs(i):
-            t = start + i
-            e = where(at(t, seen)[0], dy[:, t]) if options.return_sequences else None
-            return state_of(t) if z is None else None, *at(i, z, m), e
+            return *at(start + i, h if z is None else None, e), *at(i, z, m)
 
         a, delta = scan(step, a, step_inputs, size, reverse=True, unroll=options.unroll)
         d_x = dropped(constants, tf.tensordot(delta, W, [[2], [1]]))
@@ -189,7 +184,7 @@ def adjoint_step(f, U, r):
     """One step back. The carry is a_t without its own e_t: what later steps send back."""
     U_T = tf.transpose(U)
 
-    def step(carry, h, z, m, e):
+    def step(carry, h, e, z, m):
         a = carry if e is None else e + carry
         inward = where(m, a)
         delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)

@@ -4,6 +4,11 @@ import keras
 import pytest
 from helpers import MODES
 
+import keras_bptt.blocks
+
+# So that a few steps are some blocks, or some and a shorter one.
+keras_bptt.blocks.SIZE = 4
+
 
 def pytest_configure(config):
     # Keras' own tests, which run here on this layer too, are marked with it.

@@ -131,7 +131,7 @@ def split(case):
     return options, call
 
 
-IN_XLA = ["sequence", "mask, sequence", "softmax, mask, dropout", "gelu", "unrolled"]
+IN_GRAPHS = ["sequence", "mask, sequence", "softmax, mask, dropout", "gelu", "unrolled"]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ IN_XLA = ["sequence", "mask, sequence", "softmax, mask, dropout", "gelu", "unrol
         pytest.param(
             case,
             mode,
-            marks=[pytest.mark.slow] * (mode == "xla" and case not in IN_XLA),
+            marks=[pytest.mark.slow] * (mode != "eager" and case not in IN_GRAPHS),
         )
         for case in CASES
         for mode in MODES
