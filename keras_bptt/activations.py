@@ -7,6 +7,7 @@ slope; an elementwise formula would be silently wrong, so every unfamiliar f is 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import keras
@@ -85,6 +86,26 @@ def resolve(function: Callable, units: int, dtype: str) -> Activation:
     # Probe with numbers, also where a graph is being traced.
     with tf.init_scope():
         return Activation(function, mixes=_probe(function, units, dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def xla_compiles(activation: Activation, units: int, dtype: str) -> bool:
+    """Whether XLA can compile the activation and its derivative."""
+    if not tf.test.is_built_with_xla():
+        return False
+    if activation.slope_of_output is not None:
+        return True
+
+    @tf.function(jit_compile=True, autograph=False)
+    def both(z):
+        return activation.function(z), activation.vjp(z, z)
+
+    with tf.init_scope():
+        try:
+            both(tf.zeros([1, units], dtype))
+        except Exception:  # of any class: TensorFlow's, a user's, by kind of failure
+            return False
+    return True
 
 
 def _probe(function, units, dtype):

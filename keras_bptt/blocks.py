@@ -1,92 +1,169 @@
-"""Walk over time in blocks of steps, whose slices stay in cache."""
+"""Walk over time in blocks of steps, whose slices stay in cache.
+
+Tensors are batch-major, (batch, timesteps, ...). How time is cut:
+
+* Where the number of steps is known, block by block in Python: a few blocks, each a part of
+  the graph. What a block returns is kept as it is, and what nobody asks for (the gradient
+  of the inputs, often) is pruned from the graph.
+* Where only run time tells it, in a loop over blocks of one size. Inputs are padded to
+  whole blocks, and the last block is told how many of its steps count. So one compiled
+  block serves every length.
+* Where XLA compiles the whole, in the same loop: a program of a few blocks would take it
+  a few times as long to compile.
+"""
+
+from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_bptt.execution import within_xla
 from keras_bptt.scans import size_of, stack
 
-# Steps a block. Shorter ones cost time for each block, longer ones memory: what a block
-# computes and does not keep.
-SIZE = 128
+# What a block holds of the states, in numbers: 2 MB of float32, about what is in cache.
+NUMBERS = 2**19
+# About the most blocks that are parts of the graph, and their fewest steps: each block
+# costs what some steps do.
+MOST, FEWEST_STEPS = 16, 16
+# Steps of a block in a loop: near this where the number of steps is known, else this. A
+# longer one pads short sequences to more.
+COMPILED_SIZE, LOOP_SIZE = 128, 64
+USUAL_BATCH = 32  # where the batch is not known
 
 
-def walk(block, carry, steps, width, *, reverse=False, unroll=False):
-    """Run `carry, output = block(start, size, carry)` over time; join the outputs.
+class Blocks(NamedTuple):
+    """Steps cut into blocks: `count` of `size`, less what they exceed `steps` by.
+
+    Attributes:
+        steps: the number of steps, an integer or a tensor.
+        size: of a block, an integer.
+        in_loop: whether the walk is a loop in the graph, not one in Python.
+    """
+
+    steps: int | tf.Tensor
+    size: int
+    in_loop: bool
+
+    @property
+    def count(self):
+        return (self.steps + self.size - 1) // self.size
+
+    @property
+    def whole(self):
+        """Whether all blocks are known to be whole."""
+        return isinstance(self.steps, int) and self.steps % self.size == 0
+
+
+def blocks_of(x, units, unroll):
+    """How to cut the steps of `x` (batch, timesteps, features) for so many units."""
+    steps = size_of(x, 1)
+    if not isinstance(steps, int):
+        return Blocks(steps, LOOP_SIZE, True)
+    if unroll is True:
+        return Blocks(steps, steps, False)
+    if within_xla():
+        size = divisor(steps, steps // COMPILED_SIZE)
+        size = min(steps, COMPILED_SIZE) if size is None else size
+        return Blocks(steps, size, size < steps)
+    batch = USUAL_BATCH if x.shape[0] is None else x.shape[0]
+    numbers = steps * batch * units
+    count = min(MOST, steps // FEWEST_STEPS, numbers // NUMBERS)
+    size = divisor(steps, count)
+    return Blocks(steps, size or -(-steps // max(count, 1)), False)
+
+
+def blocks_like(pieces):
+    """Blocks that are the pieces: where the other pass knew more, or less, of the sizes."""
+    sizes = [piece.shape[1] for piece in pieces]
+    return Blocks(sum(sizes), sizes[0], False)
+
+
+def divisor(steps, count):
+    """The size of equal blocks, `count` to twice as many; None: there is none."""
+    counts = range(max(count, 1), max(2 * count, 2))
+    return next((steps // n for n in counts if steps % n == 0), None)
+
+
+def walk(block, carry, blocks, width, *, reverse=False):
+    """Run `carry, output = block(start, size, valid, carry)` over time.
 
     Args:
-        block: the function of steps start ... start + size - 1.
+        block: the function of steps start ... start + size - 1, of which the first `valid`
+            count; None: all do.
         carry: tuple of tensors, what goes from block to block.
-        steps: the number of steps, an integer or, where only run time tells, a tensor.
-        width: the outputs of a block are (size, batch, width). None: there are none.
+        blocks: how time is cut.
+        width: the outputs of a block are (batch, size, width). None: there are none.
         reverse: from the last block to the first. Outputs stand at their steps' places.
-        unroll: make one block of all steps.
 
     Returns:
-        The last carry and the joined outputs (steps, batch, width).
+        The last carry, and the outputs: consecutive pieces (batch, ..., width), those of
+        the steps alone. From a loop it is one piece.
     """
-    size = block_size(steps, unroll)
-    if isinstance(steps, int) and steps % size == 0:
-        count, rest = steps // size, None
-    else:
-        # The last block has 1 to `size` steps: an empty one would be a case of its own.
-        count = (steps - 1) // size
-        rest = steps - count * size
-    if rest is None and count == 1:
-        return block(0, steps, carry)
+    steps, size, count = blocks.steps, blocks.size, blocks.count
+    if not blocks.in_loop:
+        pieces, before = [None] * count, ()
+        for j in reversed(range(count)) if reverse else range(count):
+            start = j * size
+            # One block at a time: what runs ahead piles up.
+            with tf.control_dependencies(before):
+                carry, pieces[j] = block(start, min(size, steps - start), None, carry)
+            before = carry
+        return carry, pieces
 
     def body(i, carry, array):
         j = count - 1 - i if reverse else i
-        new, output = block(j * size, size, carry)
+        start = j * size
+        valid = None if blocks.whole else tf.minimum(size, steps - start)
+        new, output = block(start, size, valid, carry)
         new = tuple(
             tf.ensure_shape(n, c.shape) for n, c in zip(new, carry, strict=True)
         )
         return i + 1, new, array if width is None else array.write(j, output)
 
-    def full_blocks(carry):
-        array = 0
-        if width is not None:
-            shape = [size if isinstance(size, int) else None, None, width]
-            # Never without an element: XLA compiles the loop also where it does not run.
-            array = tf.TensorArray(
-                carry[0].dtype, tf.maximum(count, 1), element_shape=shape
-            )
-        _, carry, array = tf.while_loop(
-            lambda i, *_: i < count, body, (0, carry, array)
-        )
-        if width is None:
-            return carry, None
-        batch = tf.shape(carry[0])[0]
-        outputs = stack(array, [size, batch, width])
-        # Of the one element that there always is nothing is left where count is 0.
-        outputs = tf.reshape(outputs, [-1, batch, width])[: count * size]
-        known = count * size if isinstance(count, int) else None
-        return carry, tf.ensure_shape(outputs, [known, None, width])
-
-    if rest is None:
-        return full_blocks(carry)
-    if reverse:
-        carry, last = block(count * size, rest, carry)
-        carry, outputs = full_blocks(carry)
-    else:
-        carry, outputs = full_blocks(carry)
-        carry, last = block(count * size, rest, carry)
-    return carry, None if width is None else tf.concat([outputs, last], 0)
+    array = 0
+    if width is not None:
+        shape = [None, size, width]
+        array = tf.TensorArray(carry[0].dtype, count, element_shape=shape)
+    _, carry, array = tf.while_loop(lambda i, *_: i < count, body, (0, carry, array))
+    if width is None:
+        return carry, [None]
+    batch = tf.shape(carry[0])[0]
+    outputs = tf.transpose(stack(array, [batch, size, width]), [1, 0, 2, 3])
+    outputs = tf.reshape(outputs, [batch, count * size, width])
+    outputs = outputs if blocks.whole else outputs[:, :steps]
+    known = steps if isinstance(steps, int) else None
+    return carry, [tf.ensure_shape(outputs, [None, known, width])]
 
 
-def block_size(steps, unroll):
-    """A divisor of `steps` near SIZE where there is one: no shorter block then."""
-    if not isinstance(steps, int):
-        return tf.minimum(SIZE, steps)
-    if unroll or steps <= SIZE:
-        return steps
-    sizes = [size for size in range(SIZE // 2, 2 * SIZE + 1) if steps % size == 0]
-    return min(sizes, key=lambda size: abs(size - SIZE), default=SIZE)
+def padded(x, blocks):
+    """`x` (batch, timesteps, ...), one piece or a tensor, as `cut` is to find it."""
+    if x is None or not blocks.in_loop:
+        return x
+    x = in_one_piece(x)
+    if blocks.whole:
+        return x
+    missing = blocks.count * blocks.size - size_of(x, 1)
+    return tf.pad(x, [[0, 0], [0, missing], *[[0, 0]] * (len(x.shape) - 2)])
 
 
-def cut(x, axis, start, size):
-    """Steps start ... start + size - 1 of `x`; None stays None."""
+def cut(x, start, size):
+    """Steps start ... start + size - 1 of `x`, a tensor or consecutive pieces of it."""
     if x is None:
         return None
-    begin, sizes = [0, 0, 0], [size_of(x, axis) for axis in range(3)]
-    begin[axis], sizes[axis] = start, size
+    if isinstance(x, list | tuple):
+        if len(x) > 1:  # all but the last of one length
+            place, start = divmod(start, x[0].shape[1])
+            x = x[place:]
+        x = x[0]
+    if isinstance(start, int):
+        return x if start == 0 and size == x.shape[1] else x[:, start : start + size]
+    rank = len(x.shape)
+    sizes = [size_of(x, axis) for axis in range(rank)]
     # XLA takes a start that is computed, as long as the size is not.
-    return tf.slice(x, begin, sizes)
+    return tf.slice(x, [0, start] + [0] * (rank - 2), [sizes[0], size, *sizes[2:]])
+
+
+def in_one_piece(pieces):
+    """The pieces as one tensor."""
+    if not isinstance(pieces, list | tuple):
+        return pieces
+    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 1)

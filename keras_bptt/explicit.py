@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_bptt.execution import run
+
 _NO_FORWARD_MODE = (
     "BPTTRNN has no forward-mode derivative (tf.autodiff.ForwardAccumulator) inside a "
     "tf.function. Use the accumulator around the tf.function, or compute J v by two "
@@ -95,6 +97,10 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
     `options` is static and hashable; `constants` are tensors without a gradient.
     """
     _refuse_forward_mode(args)
+    # Else a tape that watches what they were made of would record the loop.
+    constants = tf.nest.map_structure(
+        lambda t: None if t is None else tf.stop_gradient(t), constants
+    )
 
     def forward(*args):
         return run(derivation.forward, options, constants, *args)
@@ -143,32 +149,6 @@ def vjp(function: Callable, args, cotangents):
     args = list(map(_local, args))
     return tf.gradients(
         function(*args), args, list(cotangents), unconnected_gradients=zero
-    )
-
-
-def run(function: Callable, options, *tensors):
-    """Return `function(options, *tensors)`, as one cached graph where the caller is eager.
-
-    An eager `tf.while_loop` is a Python loop over single operations. The function, its
-    hashable `options` and the widths of the tensors are the key of the cache: a graph may
-    be for any batch and any number of steps, but not for any number of units. A graph that
-    is unrolled is for one number of steps.
-    """
-    if not tf.executing_eagerly():
-        return function(options, *tensors)
-    unroll = any(
-        getattr(option, "unroll", False) for option in tf.nest.flatten(options)
-    )
-    floating = [t for t in tf.nest.flatten(tensors) if tf.is_tensor(t)]
-    shapes = [tuple(t.shape) for t in floating if t.dtype.is_floating]
-    key = tuple(shapes if unroll else (shape[-1] for shape in shapes))
-    return _graph(function, options, key)(*tensors)
-
-
-@functools.lru_cache(maxsize=256)
-def _graph(function, options, key):
-    return tf.function(
-        functools.partial(function, options), reduce_retracing=True, autograph=False
     )
 
 

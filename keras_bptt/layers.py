@@ -6,7 +6,7 @@ import numbers
 import keras
 import tensorflow as tf
 
-from keras_bptt.activations import resolve
+from keras_bptt.activations import resolve, xla_compiles
 from keras_bptt.recurrence import Constants, Recurrence, recurrence
 
 if keras.config.backend() != "tensorflow":
@@ -17,6 +17,15 @@ if keras.config.backend() != "tensorflow":
     )
 
 
+def _signature(own, hosts):
+    """The parameters of the host, then the keyword-only ones of `own`."""
+    hosts = inspect.signature(hosts)
+    *parameters, rest = hosts.parameters.values()
+    added = inspect.signature(own).parameters.values()
+    parameters += [p for p in added if p.kind is p.KEYWORD_ONLY]
+    return hosts.replace(parameters=[*parameters, rest])
+
+
 @keras.saving.register_keras_serializable(package="keras_bptt")
 class BPTTRNN(keras.layers.SimpleRNN):
     """Fully-connected RNN whose gradient is explicit backpropagation through time.
@@ -25,7 +34,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
     same weights and gives the same outputs and gradients. The gradient is written out
     instead of being left to automatic differentiation of a `while` loop. Time: one matrix
     product of size (batch, units) x (units, units) per step and direction; the input
-    projection and every weight gradient are large products over blocks of steps. Memory
+    projection and every weight gradient are large products over blocks of steps. In
+    training the recurrence is compiled by XLA, also where the caller compiles nothing, and
+    on a CPU it may run for parts of the batch at the same time. Memory
     between the passes: the states, (timesteps, batch, units), and nothing else. Where
     `training` is false and the outputs are not the states, not even those: inference takes
     no memory that grows with `timesteps`, and a gradient asked for all the same computes
@@ -67,14 +78,25 @@ class BPTTRNN(keras.layers.SimpleRNN):
             `recurrent_initializer`, `bias_initializer`, the regularizers and
             constraints of the three weights, `activity_regularizer`, `dropout`,
             `recurrent_dropout`, `return_sequences`, `return_state`, `go_backwards`,
-            `stateful`, `unroll`, `zero_output_for_mask`, `seed`, `name`, `dtype`.
+            `stateful`, `zero_output_for_mask`, `seed`, `name`, `dtype`. And `unroll`,
+            which may also be a positive integer: so many steps an iteration of the loop,
+            which needs no known number of timesteps, as True does. (The attribute `unroll`
+            says whether all steps are written into the graph.)
+        jit_compile: Whether XLA compiles the recurrence, inside whatever graph the caller
+            builds. `"auto"`, the default: where `training` is true, so that no export
+            depends on XLA; where XLA can, which an `activation` of Python code may forbid;
+            and not with `unroll=True`. True: always. False: never. Compiling takes some
+            tenths of a second for a new batch size; inputs of unknown length are walked in
+            blocks of one size, so that new lengths compile nothing. Where the caller
+            compiles the whole, it changes nothing.
 
     Call arguments:
         sequences: The inputs, (batch, timesteps, features). Integers are promoted.
         initial_state: A tensor (batch, units), or a list of one. Default: zeros, or the
             last state where the layer is `stateful`.
         mask: Boolean (batch, timesteps), False at steps to skip.
-        training: Whether dropout is applied.
+        training: Whether dropout is applied, the states are kept for a gradient and, by
+            default, the recurrence is compiled.
 
     Input shape:
         (batch, timesteps, features). `timesteps` and `batch` may vary from call to call.
@@ -85,8 +107,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
 
     Raises:
         ImportError: on import, where Keras runs on another backend than TensorFlow.
-        ValueError: for `units` that is no positive integer, an activation that breaks its
-            promises, and inputs, state or mask of a wrong shape.
+        ValueError: for `units`, `unroll` or `jit_compile` out of their range, an activation
+            that breaks its promises, and inputs, state or mask of a wrong shape.
 
     Example:
 
@@ -104,22 +126,44 @@ class BPTTRNN(keras.layers.SimpleRNN):
           neural networks, 2016 (arXiv 1512.05287): one mask for all steps.
     """
 
-    def __init__(self, units, *args, **kwargs):
-        if (
-            isinstance(units, bool)
-            or not isinstance(units, numbers.Integral)
-            or units <= 0
-        ):
+    def __init__(self, units, *args, jit_compile="auto", **kwargs):
+        if not _positive_integer(units):
             raise ValueError(
                 "`units` must be a positive integer, the size of the hidden state. "
                 f"Received: units={units!r}."
             )
+        if not isinstance(jit_compile, bool) and jit_compile != "auto":
+            raise ValueError(
+                "`jit_compile` must be True, False or 'auto' (compile where the layer is "
+                f"called with training=True). Received: jit_compile={jit_compile!r}."
+            )
         super().__init__(int(units), *args, **kwargs)
+        if not isinstance(self.unroll, bool) and not _positive_integer(self.unroll):
+            raise ValueError(
+                "`unroll` must be True (write every step into the graph), False, or a "
+                "positive integer, so many steps an iteration of the loop. Received: "
+                f"unroll={self.unroll!r}."
+            )
+        self.jit_compile = jit_compile
+        # The host takes any true `unroll` for all steps, whose number it asks for then.
+        self._steps_per_iteration = (
+            0 if isinstance(self.unroll, bool) else int(self.unroll)
+        )
+        self.unroll = self.unroll is True
         # `build` and `call` check shapes and say more than an InputSpec would.
         self.input_spec = None
 
-    # The host's own signature, so that help() and completion tell it, whatever its version.
-    __init__.__signature__ = inspect.signature(keras.layers.SimpleRNN.__init__)
+    # The host's signature, whatever its version, and our own arguments, so that help() and
+    # completion tell them.
+    __init__.__signature__ = _signature(__init__, keras.layers.SimpleRNN.__init__)
+
+    def get_config(self):
+        config = super().get_config()
+        config["unroll"] = self._steps_per_iteration or self.unroll
+        # Left out where it says nothing, so that SimpleRNN can take the configuration.
+        if self.jit_compile != "auto":
+            config["jit_compile"] = self.jit_compile
+        return config
 
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape)
@@ -155,8 +199,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
             return_sequences=self.return_sequences,
             zero_output_for_mask=self.zero_output_for_mask,
             go_backwards=self.go_backwards,
-            unroll=self.unroll,
+            unroll=self.unroll or self._steps_per_iteration,
             keep_states=bool(training),
+            jit_compile=self._compiles(training),
         )
         # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
         # itself, which the gradient would read outside the scope that casts it.
@@ -169,6 +214,23 @@ class BPTTRNN(keras.layers.SimpleRNN):
             return y[:, -1], y, [state]
         return y, y[:, None], [state]
 
+    def _compiles(self, training):
+        if self.jit_compile is False:
+            return False
+        possible = xla_compiles(self._activation, self.units, self.cell.compute_dtype)
+        if self.jit_compile is True:
+            if not possible:
+                raise ValueError(
+                    "XLA cannot compile this layer: there is none in this TensorFlow, or "
+                    "`activation` holds operations that it does not know. Received: "
+                    f"jit_compile=True, activation={self.activation}. Use "
+                    "jit_compile='auto' or False."
+                )
+            return True
+        # Exports are traced with training=False: they load where there is no XLA. All steps
+        # written out would take XLA a time that grows with their number.
+        return bool(training) and not self.unroll and possible
+
     def _check_inputs(self, shape):
         if len(shape) != 3 or shape[-1] is None:
             raise ValueError(
@@ -176,6 +238,11 @@ class BPTTRNN(keras.layers.SimpleRNN):
                 f"fixed number of features. Received: shape {tuple(shape)}. Add the "
                 "missing axis with x[..., None] (one feature) or x[None] (one example), "
                 "or flatten what is too much with keras.layers.Reshape."
+            )
+        if shape[1] == 0:
+            raise ValueError(
+                f"{self.name} takes inputs of at least one timestep. Received: shape "
+                f"{tuple(shape)}. Leave out empty sequences."
             )
         if self.built and shape[-1] != self.cell.kernel.shape[0]:
             raise ValueError(
@@ -208,6 +275,11 @@ class BPTTRNN(keras.layers.SimpleRNN):
                 f"{expected}. Received: {len(given)} of shape "
                 f"{', '.join(map(str, given))}. Pass one state for each example."
             )
+
+
+def _positive_integer(value):
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return integer and value > 0
 
 
 def _compatible(given, expected):

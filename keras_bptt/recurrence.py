@@ -15,9 +15,13 @@ Backward, for t = T ... 1, with e_t = c_t dy_t + [t = T] ds the cotangent of h_t
 
 A product with m or c is always a `tf.where`, for masked steps may hold NaN.
 
-Only h and delta are sequential. Time is walked in blocks of steps: the products with W,
-and those that make dW, dU, db and dx, are one matrix product a block, made while it is in
-cache. So neither all z nor all delta ever exist, and h alone is kept for the backward pass.
+Only h and delta are sequential, and they alone are computed step by step, in the two passes
+of `passes.py`. Time is walked in blocks of steps: the products with W, and those that make
+dW, dU, db and dx, are one matrix product a block, made while it is in cache. So neither all
+z nor all delta ever exist, and h alone is kept for the backward pass. A pass may be
+compiled by XLA, and run for parts of the batch at the same time; the products are left to
+the graph, which multiplies faster on a CPU, and prunes dx where nobody asks for it (but for
+a loop over blocks, which computes all that it returns).
 
 This is the first derivative, written out. Its own derivatives are those of the same
 recurrence composed of `scans.states`, which is closed under differentiation: derivatives of
@@ -30,18 +34,20 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
-from keras_bptt.blocks import cut, walk
+from keras_bptt.blocks import blocks_like, blocks_of, cut, in_one_piece, padded, walk
+from keras_bptt.execution import call, within_xla
 from keras_bptt.explicit import Derivation, explicit_first_order
-from keras_bptt.scans import (
-    States,
-    at,
-    previous_states,
-    scan,
-    size_of,
-    states,
-    states_step,
-    sum_of_products,
+from keras_bptt.passes import (
+    backward_pass,
+    dropped,
+    forward_pass,
+    project,
+    to_batch_major,
+    to_time_major,
+    where,
 )
+from keras_bptt.scans import States, states, sum_of_products
+from keras_bptt.shards import joined, shards_of, split, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +56,16 @@ class Recurrence:
 
     `keep_states` says whether the forward pass is to keep h, where the outputs do not tell
     it, for a backward pass that is likely to come. One that comes nevertheless computes h
-    again.
+    again. `jit_compile` says whether XLA compiles the two passes.
     """
 
     activation: Activation
     return_sequences: bool = False
     zero_output_for_mask: bool = False
     go_backwards: bool = False
-    unroll: bool = False
+    unroll: bool | int = False
     keep_states: bool = True
+    jit_compile: bool = False
 
     @property
     def states(self) -> States:
@@ -102,147 +109,153 @@ def recurrence(options: Recurrence, constants: Constants, x, W, U, h_0, *b):
 def composed(options, constants, x, W, U, h_0, *b):
     """The recurrence made of differentiable operations."""
     x, mask = processing_order(options, x, constants.mask)
-    inputs = where(mask, dropped(constants, to_time_major(x)))
-    z = project(inputs, W, *b)
-    h = states(options.states, z, U, h_0, mask, constants.r)
-    return read_out(options, mask, h, h[-1])
+    inputs = dropped(constants.d, x)
+    m = None
+    if mask is not None:
+        inputs = where(mask[:, :, None], inputs)
+        m = tf.transpose(mask)[:, :, None]
+    z = project(to_time_major(inputs), W, *b)
+    h = states(options.states, z, U, h_0, m, constants.r)
+    return read_out(options, mask, to_batch_major(h), h[-1])
 
 
 def forward(options, constants, x, W, U, h_0, *b):
-    """Return the outputs; and h (timesteps, batch, units), if it is to be kept."""
-    x, mask = processing_order(options, x, constants.mask)
-    step = states_step(options.states, U, constants.r)
-    told = options.return_sequences and mask is None
-    needed = options.return_sequences or options.keep_states
+    """Return the outputs; and h, if it is to be kept and not told by them.
 
-    def block(start, size, carry):
-        inputs = to_time_major(cut(x, 1, start, size))
-        z = project(dropped(constants, inputs), W, *b)
-        m = cut(mask, 0, start, size)
-        h, states = scan(
-            step, *carry, lambda t: at(t, z, m), size, unroll=options.unroll
-        )
-        return (h,), states if needed else None
+    It is kept as it comes: for each shard of the batch consecutive pieces.
+    """
+    count = shards_of(x, U, options.jit_compile)
+    parts = [
+        forward_of_shard(options, *shard, W, U, *b)
+        for shard in split(count, (constants, x, h_0))
+    ]
+    y, h_T, h = zip(*parts, strict=True)
+    kept = options.keep_states and not outputs_are_states(options, constants)
+    return (joined(y), joined(h_T)), h if kept else ()
 
-    width = U.shape[0] if needed else None
-    (last,), h = walk(block, (h_0,), size_of(x, 1), width, unroll=options.unroll)
-    outputs = read_out(options, mask, h, last)
-    return outputs, (h,) if options.keep_states and not told else ()
+
+def forward_of_shard(options, constants, x, h_0, W, U, *b):
+    """Return y, h_T and the pieces of h."""
+    mask, d, r = constants
+    x, mask = processing_order(options, x, mask)
+    stacked = options.return_sequences or options.keep_states
+    blocks = blocks_of(x, U.shape[0], options.unroll)
+    inputs, real = padded(x, blocks), padded(mask, blocks)
+
+    def block(start, size, valid, carry):
+        z = project(dropped(d, cut(inputs, start, size)), W, *b)
+        arguments = valid, U, *carry, z, cut(real, start, size), r
+        static = options, stacked
+        h_T, *h = call(forward_pass, static, options.jit_compile, *arguments)
+        return (h_T,), h[0] if stacked else None
+
+    (h_T,), h = walk(block, (h_0,), blocks, U.shape[0] if stacked else None)
+    y = in_one_piece(h) if options.return_sequences else None
+    return *read_out(options, mask, y, h_T), tuple(h)
 
 
 def backward(options, constants, outputs, residuals, cotangents, *arguments):
     """Return the gradients of x, W, U, h_0 and, where there is one, b."""
     x, W, U, h_0, *b = arguments
-    x, mask = processing_order(options, x, constants.mask)
-    seen = visible(options, mask)
-    step = adjoint_step(options.activation, U, constants.r)
-    known_slope = options.activation.slope_of_output is not None
-    dy, ds = cotangents
-    if residuals:
-        (h,) = residuals
-    elif options.return_sequences and mask is None:
-        h = to_time_major(outputs[0])
-    else:
+    h = residuals
+    if not h and not outputs_are_states(options, constants):
         again = dataclasses.replace(options, keep_states=True)
-        _, (h,) = forward(again, constants, *arguments)
-    e = where(seen, to_time_major(dy)) if options.return_sequences else None
+        _, h = forward(again, constants, *arguments)
+    count = len(h) or shards_of(x, U, options.jit_compile)
+    if not h:
+        h = [(y,) for y in split(count, outputs[0])]
+    shards = split(count, (constants, x, h_0, *cotangents))
+    parts = [
+        backward_of_shard(options, *shard, pieces, W, U, *b)
+        for shard, pieces in zip(shards, h, strict=True)
+    ]
+    d_x, d_W, d_U, d_h_0, *d_b = zip(*parts, strict=True)
+    return joined(d_x), summed(d_W), summed(d_U), joined(d_h_0), *map(summed, d_b)
 
-    def block(start, size, carry):
+
+def backward_of_shard(options, constants, x, h_0, dy, ds, h, W, U, *b):
+    """`backward`, given the pieces of h."""
+    mask, d, r = constants
+    x, mask = processing_order(options, x, mask)
+    seen = visible(options, mask)
+    e = dy if options.return_sequences else None
+    if e is None:
+        ds += dy if seen is None else where(seen[:, -1], dy)
+    blocks = blocks_of(x, U.shape[0], options.unroll)
+    if len(h) > 1 and not within_xla():
+        blocks = blocks_like(h)
+    x, mask, seen, h, e = (padded(t, blocks) for t in (x, mask, seen, h, e))
+
+    def block(start, size, valid, carry):
         a, d_W, d_U, *d_b = carry
-        m = cut(mask, 0, start, size)
-        # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
-        inputs = to_time_major(cut(x, 1, start, size))
-        inputs = where(m, dropped(constants, inputs))
-        before = tf.where(start > 0, h[tf.maximum(start - 1, 0)], h_0)
-        before = previous_states(cut(h, 0, start, size), before, constants.r)
+        m, c, h_t, e_t = (cut(t, start, size) for t in (mask, seen, h, e))
+        real = None if m is None else m[:, :, None]
+
+        def terms():
+            """Of z_t: d x_t and r h_{t-1}."""
+            # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
+            inputs = where(real, dropped(d, cut(x, start, size)))
+            before = tf.concat([state_before(start), h_t[:, :-1]], 1)
+            return inputs, dropped(r, before)
+
         z = None
-        if not known_slope:
-            z = where(m, project(inputs, W, *b) + tf.tensordot(before, U, 1))
-
-        def step_inputs(i):
-            return *at(start + i, h if z is None else None, e), *at(i, z, m)
-
-        a, delta = scan(step, a, step_inputs, size, reverse=True, unroll=options.unroll)
-        d_x = dropped(constants, tf.tensordot(delta, W, [[2], [1]]))
-        d_W += sum_of_products(inputs, delta)
-        d_U += sum_of_products(before, delta)
-        d_b = [d + tf.reduce_sum(delta, [0, 1]) for d in d_b]
+        if options.activation.slope_of_output is None:
+            inputs, before = terms()
+            z = where(real, project(inputs, W, *b) + tf.tensordot(before, U, 1))
+        arguments = valid, U, a, h_t if z is None else None, z, where(c, e_t), m, r
+        a, delta = call(backward_pass, options, options.jit_compile, *arguments)
+        # First the recurrence, which others wait for; then the products, one after the
+        # other, for each has work for all cores.
+        with tf.control_dependencies([delta]):
+            inputs, before = terms()
+            d_U += sum_of_products(before, delta)
+        with tf.control_dependencies([d_U]):
+            d_W += sum_of_products(inputs, delta)
+        with tf.control_dependencies([d_W]):
+            d_b = [later + tf.reduce_sum(delta, [0, 1]) for later in d_b]
+        d_x = dropped(d, tf.tensordot(delta, W, [[2], [1]]))
         return (a, d_W, d_U, *d_b), d_x
 
-    if not options.return_sequences:
-        ds += dy if seen is None else where(seen[-1], dy)
+    def state_before(start):
+        first = h_0[:, None]
+        if isinstance(start, int):
+            return first if start == 0 else cut(h, start - 1, 1)
+        return tf.where(start > 0, cut(h, tf.maximum(start - 1, 0), 1), first)
+
     carry = (ds, tf.zeros_like(W), tf.zeros_like(U), *map(tf.zeros_like, b))
-    steps, width = size_of(x, 1), W.shape[0]
-    (d_h_0, d_W, d_U, *d_b), d_x = walk(
-        block, carry, steps, width, reverse=True, unroll=options.unroll
-    )
-    d_x = to_batch_major(tf.reverse(d_x, [0]) if options.go_backwards else d_x)
+    (d_h_0, d_W, d_U, *d_b), d_x = walk(block, carry, blocks, W.shape[0], reverse=True)
+    d_x = in_one_piece(d_x)
+    d_x = tf.reverse(d_x, [1]) if options.go_backwards else d_x
     return d_x, d_W, d_U, d_h_0, *d_b
 
 
-def adjoint_step(f, U, r):
-    """One step back. The carry is a_t without its own e_t: what later steps send back."""
-    U_T = tf.transpose(U)
-
-    def step(carry, h, e, z, m):
-        a = carry if e is None else e + carry
-        inward = where(m, a)
-        delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)
-        back = tf.matmul(delta, U_T)
-        back = back if r is None else r * back
-        return back if m is None else tf.where(m, back, a), delta
-
-    return step
-
-
-def project(x, W, *b):
-    """x_t W + b."""
-    z = tf.tensordot(x, W, 1)
-    return z + b[0] if b else z
-
-
-def dropped(constants, x):
-    """d x_t, for steps (timesteps, batch, features)."""
-    return x if constants.d is None else constants.d * x
+def outputs_are_states(options, constants):
+    return options.return_sequences and constants.mask is None
 
 
 def read_out(options, mask, h, last):
     """Return (y, h_T)."""
     seen = visible(options, mask)
     if options.return_sequences:
-        return to_batch_major(where(seen, h)), last
-    return last if seen is None else where(seen[-1], last), last
+        return where(seen, h), last
+    return last if seen is None else where(seen[:, -1], last), last
 
 
 def visible(options, mask):
-    """c_t (timesteps, batch, 1): where the output is the state; elsewhere it is 0.
+    """c_t (batch, timesteps, 1): where the output is the state; elsewhere it is 0.
 
     The same map takes a cotangent of the outputs back to e_t.
     """
     if mask is None or options.zero_output_for_mask:
-        return mask
+        return mask if mask is None else mask[:, :, None]
     # From the first unmasked step on. Rows without one are 0 throughout.
-    first = tf.argmax(tf.cast(mask, tf.int32), 0, output_type=tf.int32)
-    steps = tf.range(tf.shape(mask)[0])[:, None, None]
-    return (steps >= first) & tf.reduce_any(mask, 0)
+    first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)[:, None]
+    steps = tf.range(tf.shape(mask)[1])
+    return ((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))[:, :, None]
 
 
 def processing_order(options, x, mask):
-    """x (batch, timesteps, features) and m (timesteps, batch, 1), first step first."""
-    if mask is not None:
-        mask = tf.transpose(mask)[:, :, None]
+    """x (batch, timesteps, features) and m (batch, timesteps), first step first."""
     if options.go_backwards:
-        return tf.reverse(x, [1]), mask if mask is None else tf.reverse(mask, [0])
+        return tf.reverse(x, [1]), mask if mask is None else tf.reverse(mask, [1])
     return x, mask
-
-
-def to_time_major(x):
-    return tf.transpose(x, [1, 0, 2])
-
-
-to_batch_major = to_time_major
-
-
-def where(mask, x):
-    """x where the mask is true, else 0, whatever x is there."""
-    return x if mask is None else tf.where(mask, x, tf.zeros_like(x))

@@ -10,7 +10,9 @@ import pytest
 import tensorflow as tf
 
 # Lower modules first: each is executed again, on top of the copies before it.
-MODULES = ("explicit", "activations", "scans", "blocks", "recurrence")
+MODULES = tuple(
+    "execution explicit activations scans passes blocks shards recurrence".split()
+)
 
 
 def copy_of_modules(broken=None, old=None, new=None):

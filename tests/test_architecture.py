@@ -16,7 +16,8 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 # A module imports those of lower rank, and those before it in its own.
 RANKS = [
     ["reference"],
-    ["explicit", "activations", "scans", "blocks", "recurrence"],
+    ["execution", "explicit", "activations", "scans"],
+    ["passes", "blocks", "shards", "recurrence"],
     ["layers"],
     ["__init__"],
 ]

@@ -303,16 +303,18 @@ def test_jacobian_in_xla_of_an_unrolled_layer(method):
         assert relative_error(given, wanted) < FLOAT64
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "compiled"])
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
-def test_gradients_of_each_example(mode, masked):
+def test_gradients_of_each_example(mode, masked, training):
     """tf.vectorized_map over the batch, as for differential privacy."""
     theirs, ours = unrolled_pair()
     x, mask = tf.constant(random_inputs()), tf.constant(MIXED_MASK)
 
     def of_one(layer, x, mask):
         with tf.GradientTape() as tape:
-            y = layer(x[None], mask=mask[None] if masked else None)
+            mask = mask[None] if masked else None
+            y = layer(x[None], mask=mask, training=training)
             value = weighted([y])
         return tape.gradient(value, [v.value for v in layer.trainable_variables])
 

@@ -64,6 +64,11 @@ def test_rank(rank):
         layer(inputs())
 
 
+def test_no_timesteps():
+    with pytest.raises(ValueError, match=r"at least one timestep.*Received: shape"):
+        BPTTRNN(H)(inputs(B, 0, D))
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_rank_of_symbolic_inputs(rank):
     shape, remedy = RANKS[rank]

@@ -53,7 +53,7 @@ NOT_DEFAULT = {
     "return_state": True,
     "go_backwards": True,
     "stateful": True,
-    "unroll": True,
+    "unroll": 4,
     "zero_output_for_mask": True,
     "seed": 5,
     "name": "named",

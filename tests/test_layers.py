@@ -5,6 +5,7 @@ with: outputs, the returned state, and the gradients of the inputs, the initial 
 and every weight, under random cotangents.
 """
 
+import functools
 import itertools
 
 import keras
@@ -238,7 +239,9 @@ def test_dropout_draws_anew_at_every_call(mode):
 
 def test_same_global_seed_gives_the_same_weights_and_dropout():
     outputs = []
-    for layer_class in (keras.layers.SimpleRNN, BPTTRNN):
+    # XLA rounds otherwise than TensorFlow's own loop.
+    plain = functools.partial(BPTTRNN, jit_compile=False)
+    for layer_class in (keras.layers.SimpleRNN, plain):
         keras.utils.set_random_seed(4)
         # A function is probed when the layer is built; that must draw nothing here.
         layer = layer_class(H, activation=sine, dropout=0.5, recurrent_dropout=0.5)

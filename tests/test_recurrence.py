@@ -528,7 +528,11 @@ def test_second_order_with_nan_at_masked_steps():
 
 def check_everything(modules):
     """The checks above in little: each option on with each kind of activation."""
-    with mock.patch.object(modules.blocks, "SIZE", 2):  # each step a block
+    # Steps in blocks of 3, walked in Python; in blocks of 2, and half a one, in a loop.
+    with mock.patch.multiple(modules.blocks, NUMBERS=1, FEWEST_STEPS=2):
+        check_reference(modules, "tanh", return_sequences=True)
+    in_loop = {"within_xla": lambda: True, "COMPILED_SIZE": 2}
+    with mock.patch.multiple(modules.blocks, **in_loop):
         check_reference(modules, "tanh", return_sequences=True)
     for return_sequences in (True, False):
         check_reference(modules, "tanh", return_sequences)
@@ -551,61 +555,60 @@ def check_everything(modules):
 MUTATIONS = [
     (
         "drop delta U^T",
-        "recurrence",
+        "passes",
         "back = tf.matmul(delta, U_T)",
         "back = tf.zeros_like(delta)",
     ),
     (
         "transpose U",
-        "recurrence",
+        "passes",
         "U_T = tf.transpose(U)",
         "U_T = U",
     ),
     (
         "slope of the adjoint",
-        "recurrence",
+        "passes",
         "f.slope_of_output(h)",
         "f.slope_of_output(a)",
     ),
-    ("Jacobian at the adjoint", "recurrence", "f.vjp(z, inward)", "f.vjp(a, inward)"),
+    ("Jacobian at the adjoint", "passes", "f.vjp(z, inward)", "f.vjp(a, inward)"),
     (
         "slope of the state before",
         "recurrence",
-        "*at(start + i, h if z is None else None, e)",
-        "*at(i, before if z is None else None), *at(start + i, e)",
+        "a, h_t if z is None else None",
+        "a, terms()[1] if z is None else None",
     ),
     (
         "shift h by one",
         "recurrence",
-        "before = previous_states(cut(h, 0, start, size), before, constants.r)",
-        "before = cut(h, 0, start, size)\n"
-        "        before = before if constants.r is None else constants.r * before",
+        "before = tf.concat([state_before(start), h_t[:, :-1]], 1)",
+        "before = h_t",
     ),
     (
         "h_0 is zero",
         "recurrence",
-        "tf.where(start > 0, h[tf.maximum(start - 1, 0)], h_0)",
-        "tf.where(start > 0, h[tf.maximum(start - 1, 0)], 0 * h_0)",
+        "first = h_0[:, None]",
+        "first = 0 * h_0[:, None]",
     ),
     (
         "drop r in dU",
         "recurrence",
-        "cut(h, 0, start, size), before, constants.r)",
-        "cut(h, 0, start, size), before)",
+        "return inputs, dropped(r, before)",
+        "return inputs, before",
     ),
     (
         "drop r in the adjoint",
-        "recurrence",
+        "passes",
         "back = back if r is None else r * back",
         "",
     ),
     (
         "drop the adjoint's way past masked steps",
-        "recurrence",
+        "passes",
         "tf.where(m, back, a)",
         "back",
     ),
-    ("delta at masked steps", "recurrence", "inward = where(m, a)", "inward = a"),
+    ("delta at masked steps", "passes", "inward = where(m, a)", "inward = a"),
     (
         "forget ds beside a sequence",
         "recurrence",
@@ -621,43 +624,43 @@ MUTATIONS = [
     (
         "show the last output of rows without a step",
         "recurrence",
-        "ds += dy if seen is None else where(seen[-1], dy)",
+        "ds += dy if seen is None else where(seen[:, -1], dy)",
         "ds += dy",
     ),
     (
         "cotangents of hidden outputs",
         "recurrence",
-        "e = where(seen, to_time_major(dy))",
-        "e = to_time_major(dy)",
+        "z, where(c, e_t), m",
+        "z, e_t, m",
     ),
     (
         "forget d in dW",
         "recurrence",
-        "inputs = where(m, dropped(constants, inputs))",
-        "inputs = where(m, inputs)",
+        "inputs = where(real, dropped(d, cut(x, start, size)))",
+        "inputs = where(real, cut(x, start, size))",
     ),
     (
         "NaN of masked steps in dW",
         "recurrence",
-        "inputs = where(m, dropped(constants, inputs))",
-        "inputs = dropped(constants, inputs)",
+        "inputs = where(real, dropped(d, cut(x, start, size)))",
+        "inputs = dropped(d, cut(x, start, size))",
     ),
     (
         "forget d in dx",
         "recurrence",
-        "dropped(constants, tf.tensordot(delta, W, [[2], [1]]))",
+        "dropped(d, tf.tensordot(delta, W, [[2], [1]]))",
         "tf.tensordot(delta, W, [[2], [1]])",
     ),
     (
         "dx in processing order",
         "recurrence",
-        "tf.reverse(d_x, [0]) if options.go_backwards else d_x",
+        "tf.reverse(d_x, [1]) if options.go_backwards else d_x",
         "d_x",
     ),
     (
         "mask in given order",
         "recurrence",
-        "mask if mask is None else tf.reverse(mask, [0])",
+        "mask if mask is None else tf.reverse(mask, [1])",
         "mask",
     ),
     (
@@ -669,8 +672,8 @@ MUTATIONS = [
     (
         "forget b in z",
         "recurrence",
-        "where(m, project(inputs, W, *b) + tf",
-        "where(m, project(inputs, W) + tf",
+        "where(real, project(inputs, W, *b) + tf",
+        "where(real, project(inputs, W) + tf",
     ),
     (
         "forget h U in z",
@@ -682,7 +685,7 @@ MUTATIONS = [
         "db of the last step",
         "recurrence",
         "tf.reduce_sum(delta, [0, 1])",
-        "tf.reduce_sum(delta[-1], 0)",
+        "tf.reduce_sum(delta[:, -1], 0)",
     ),
     (
         "zero_output_for_mask of the last output",
@@ -693,13 +696,13 @@ MUTATIONS = [
     (
         "show the state at leading masked steps",
         "recurrence",
-        "(steps >= first) & tf.reduce_any(mask, 0)",
-        "(steps >= 0) & tf.reduce_any(mask, 0)",
+        "(steps >= first) & tf.reduce_any(mask, 1, keepdims=True)",
+        "(steps >= 0) & tf.reduce_any(mask, 1, keepdims=True)",
     ),
     (
         "show the state of rows without a step",
         "recurrence",
-        "(steps >= first) & tf.reduce_any(mask, 0)",
+        "(steps >= first) & tf.reduce_any(mask, 1, keepdims=True)",
         "steps >= first",
     ),
     (
@@ -715,16 +718,10 @@ MUTATIONS = [
         "h = new",
     ),
     (
-        "before is not shifted",
-        "scans",
-        "before = tf.concat([h_0[None], h[:-1]], 0)",
-        "before = tf.concat([h_0[None], h[1:]], 0)",
-    ),
-    (
         "forget the state before a block",
         "recurrence",
-        "tf.where(start > 0, h[tf.maximum(start - 1, 0)], h_0)",
-        "h_0",
+        "return first if start == 0 else cut(h, start - 1, 1)",
+        "return first",
     ),
     (
         "forget the blocks before, in dU",
@@ -741,8 +738,26 @@ MUTATIONS = [
     (
         "blocks in the wrong order",
         "blocks",
+        "reversed(range(count)) if reverse else range(count)",
+        "range(count)",
+    ),
+    (
+        "blocks in the wrong order, in a loop",
+        "blocks",
         "j = count - 1 - i if reverse else i",
         "j = i",
+    ),
+    (
+        "run the steps that pad the last block",
+        "blocks",
+        "valid = None if blocks.whole else tf.minimum(size, steps - start)",
+        "valid = None",
+    ),
+    (
+        "steps of an iteration in the wrong order",
+        "scans",
+        "back = steps - 1 - i - k if valid is None",
+        "back = steps - number - i + k if valid is None",
     ),
     (
         "f' of tanh",
@@ -769,16 +784,22 @@ def test_mutation_is_caught(module, old, new):
 # Of the composed form, which only derivatives of second and higher order use.
 SECOND_ORDER_MUTATIONS = [
     (
+        "before is not shifted",
+        "scans",
+        "before = tf.concat([h_0[None], h[:-1]], 0)",
+        "before = tf.concat([h_0[None], h[1:]], 0)",
+    ),
+    (
         "states of a later order without r",
         "recurrence",
-        "h = states(options.states, z, U, h_0, mask, constants.r)",
-        "h = states(options.states, z, U, h_0, mask, None)",
+        "h = states(options.states, z, U, h_0, m, constants.r)",
+        "h = states(options.states, z, U, h_0, m, None)",
     ),
     (
         "no gradient by h_0",
         "recurrence",
-        "states(options.states, z, U, h_0, mask, constants.r)",
-        "states(options.states, z, U, tf.stop_gradient(h_0), mask, constants.r)",
+        "states(options.states, z, U, h_0, m, constants.r)",
+        "states(options.states, z, U, tf.stop_gradient(h_0), m, constants.r)",
     ),
 ]
 

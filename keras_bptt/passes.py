@@ -1,0 +1,103 @@
+"""The two passes over one block of steps: what is sequential, step after step.
+
+Everything else, the products that make the weights' gradients and those of the inputs, is
+left to the caller. Tensors are batch-major, (batch, timesteps, ...), here and there alike:
+a loop reads its steps where they are, and only what it stacks must be transposed.
+"""
+
+import tensorflow as tf
+
+from keras_bptt.scans import batch_major_at, scan, size_of, states_step
+
+
+def forward_pass(static, valid, U, h_0, z, mask, r):
+    """h_t = f(z_t + (r h_{t-1}) U) where m_t, else h_{t-1}.
+
+    Args:
+        static: the options of the recurrence; whether the states are wanted.
+        valid: how many of the steps count, None: all.
+        U, h_0, mask, r: as `recurrence.recurrence` has them, for these steps.
+        z: (batch, timesteps, units), the inputs' share of the pre-activation.
+
+    Returns:
+        (h_T, h) or, where the states are not wanted, (h_T,).
+    """
+    options, stacked = static
+    mask = None if mask is None else mask[:, :, None]
+    last, h = scan(
+        states_step(options.states, U, r),
+        h_0,
+        lambda t: batch_major_at(t, z, mask),
+        size_of(z, 1),
+        valid=valid,
+        unroll=options.unroll,
+        stacked=stacked,
+    )
+    return (last, to_batch_major(h)) if stacked else (last,)
+
+
+def backward_pass(options, valid, U, a, h, z, e, mask, r):
+    """a_t = e_t + delta_{t+1} U^T and delta_t = a_t f'(z_t), from the last step back.
+
+    Args:
+        options: of the recurrence.
+        valid: how many of the steps count, None: all.
+        U, mask, r: as `recurrence.recurrence` has them.
+        a: what later steps send back to the last one of these.
+        h, z: the states, where f' is a function of them, else the pre-activation; the
+            other is None.
+        e: the cotangents e_t, None: none but what `a` holds.
+
+    Returns:
+        What these steps send back to the one before, and delta: 0 at steps that do not
+        count.
+    """
+    mask = None if mask is None else mask[:, :, None]
+    a, delta = scan(
+        adjoint_step(options.activation, U, r),
+        a,
+        lambda t: batch_major_at(t, h, e, z, mask),
+        size_of(h if z is None else z, 1),
+        valid=valid,
+        reverse=True,
+        unroll=options.unroll,
+    )
+    return a, to_batch_major(delta)
+
+
+def adjoint_step(f, U, r):
+    """One step back. The carry is a_t without its own e_t: what later steps send back."""
+    U_T = tf.transpose(U)
+
+    def step(carry, h, e, z, m):
+        a = carry if e is None else e + carry
+        inward = where(m, a)
+        delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)
+        back = tf.matmul(delta, U_T)
+        back = back if r is None else r * back
+        return back if m is None else tf.where(m, back, a), delta
+
+    return step
+
+
+def project(x, W, *b):
+    """x_t W + b."""
+    z = tf.tensordot(x, W, 1)
+    return z + b[0] if b else z
+
+
+def dropped(factors, x):
+    """`x` (batch, timesteps, ...) times `factors` (batch, ...), the same at every step."""
+    return x if factors is None else factors[:, None] * x
+
+
+def where(mask, x):
+    """x where the mask is true, else 0, whatever x is there."""
+    return x if mask is None or x is None else tf.where(mask, x, tf.zeros_like(x))
+
+
+def to_time_major(x):
+    return tf.transpose(x, [1, 0, 2])
+
+
+to_batch_major = to_time_major
