@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow doctest examples-smoke lint format dist clean
+.PHONY: help demo test test-slow bench doctest examples-smoke lint format dist clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
@@ -39,6 +39,10 @@ examples-smoke: $(VENV)/.installed  ## Run every example in its short form
 		$(BIN)/python $$example --smoke --output-dir "$$output"; \
 		rm -r "$$output"; \
 	done
+
+# PyTorch and JAX take part where they are installed: .venv/bin/pip install --editable '.[peers]'
+bench: $(VENV)/.installed-benchmarks  ## Measure speed and memory, write docs/performance
+	$(BIN)/python benchmarks/report.py
 
 lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .

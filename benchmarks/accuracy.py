@@ -71,7 +71,7 @@ def loss_of(layer, mask, cotangents):
     """The loss, as a function of inputs and initial state."""
 
     def loss(x, state):
-        outputs = layer(x, initial_state=state, mask=mask)
+        outputs = layer(x, initial_state=state, mask=mask, training=True)
         return tf.add_n(
             [tf.reduce_sum(c * y) for c, y in zip(cotangents, outputs, strict=True)]
         )

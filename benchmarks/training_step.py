@@ -1,226 +1,152 @@
-"""Time a training step: forward, mean squared loss, the gradient of every weight.
+"""Time a training step of BPTTRNN and of its peers: see `contestants.py`.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --shapes 32,128,64,128 1,1000,32,64 --seconds 20
 
 All contestants have the same weights and inputs, and must agree on the gradients before
-any is timed. They are timed in one process, round by round, each once a round: drift of
-the machine hits all alike. What counts is the ratio of medians, not milliseconds, which
-depend on the machine and on what else it does.
-
-`limit` is the time that the step's multiply-adds would take at the rate of one large
-matrix product, measured in the same rounds.
+any is timed. They are timed in one process, round by round. What counts is the ratio of
+medians, not milliseconds, which depend on the machine and on what else it does. `limit` is
+the time of the step's multiply-adds at the rate of one large matrix product, measured in
+the same rounds.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
-import statistics
-import time
 
-import keras
-import numpy as np
-import tensorflow as tf
+from contestants import CONTESTANTS, DEFAULT, Case, contestants
+from timing import interleaved, large_product, limit, summary
 
-from keras_bptt import BPTTRNN
+SHAPES = [
+    (32, 128, 64, 128),
+    (64, 256, 128, 256),
+    (1, 1000, 32, 64),
+    (128, 100, 128, 512),
+    (32, 1024, 64, 128),
+    (8, 2048, 64, 256),
+]
+CASES = [
+    *(Case(*shape, sequences=s) for shape in SHAPES for s in (True, False)),
+    Case(*SHAPES[0], masked=True),
+    Case(*SHAPES[0], dropout=0.2),
+]
 
-SHAPES = ["32,128,64,128", "64,256,128,256", "1,1000,32,64"]
-SIDE = 1024  # of the square matrices whose product sets the limit
 
-
-def problem(batch, timesteps, features, units, sequences, seed=0):
-    """Inputs, targets and weights with a recurrent kernel of spectral radius near 1."""
-    rng = np.random.default_rng(seed)
-    shape = (batch, timesteps, units) if sequences else (batch, units)
+def measure(case, seconds, names=None):
+    """Time every contestant that is installed on one case."""
+    steps, missing, worst = contestants(case, names)
+    product = "a large matrix product"
+    times = interleaved({**steps, product: large_product()}, seconds)
+    rounds = len(times[product])
+    ms = summary(times)
+    bound = limit(ms.pop(product)["median"], case.multiply_adds)
     return {
-        "x": rng.normal(size=(batch, timesteps, features)).astype("float32"),
-        "y": rng.normal(size=shape).astype("float32"),
-        "weights": [
-            rng.normal(0, features**-0.5, (features, units)).astype("float32"),
-            rng.normal(0, units**-0.5, (units, units)).astype("float32"),
-            rng.normal(0, 0.1, units).astype("float32"),
-        ],
-    }
-
-
-def keras_step(layer_class, jit_compile):
-    """A step of a Keras layer in a tf.function; returns d_kernel, d_recurrent, d_bias."""
-
-    def make(data, sequences):
-        units = data["weights"][1].shape[0]
-        layer = layer_class(units, return_sequences=sequences)
-        layer.build(data["x"].shape)
-        layer.set_weights(data["weights"])
-        x, y = tf.constant(data["x"]), tf.constant(data["y"])
-
-        @tf.function(jit_compile=jit_compile)
-        def step(x, y):
-            with tf.GradientTape() as tape:
-                loss = tf.reduce_mean((layer(x, training=True) - y) ** 2)
-            return tape.gradient(loss, layer.trainable_variables)
-
-        return lambda: [gradient.numpy() for gradient in step(x, y)]
-
-    return make
-
-
-def torch_step(data, sequences):
-    """The same step with torch.nn.RNN, batch first; its second bias stays zero."""
-    import torch
-
-    torch.set_num_threads(tf.config.threading.get_intra_op_parallelism_threads() or 2)
-    W, U, b = (torch.from_numpy(weight) for weight in data["weights"])
-    rnn = torch.nn.RNN(W.shape[0], W.shape[1], batch_first=True)
-    with torch.no_grad():
-        rnn.weight_ih_l0.copy_(W.T)
-        rnn.weight_hh_l0.copy_(U.T)
-        rnn.bias_ih_l0.copy_(b)
-        rnn.bias_hh_l0.zero_()
-    x, y = torch.from_numpy(data["x"]), torch.from_numpy(data["y"])
-
-    def step():
-        rnn.zero_grad()
-        h = rnn(x)[0]
-        (((h if sequences else h[:, -1]) - y) ** 2).mean().backward()
-        W, U, b = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0
-        return [W.grad.numpy().T, U.grad.numpy().T, b.grad.numpy()]
-
-    return step
-
-
-def jax_step(data, sequences):
-    """The same step as a jax.lax.scan over time under jit, the projection hoisted."""
-    import jax
-    import jax.numpy as jnp
-
-    def loss(weights, x, y):
-        W, U, b = weights
-
-        def cell(h, z):
-            h = jnp.tanh(z + h @ U)
-            return h, h
-
-        z = jnp.swapaxes(x, 0, 1) @ W + b
-        last, h = jax.lax.scan(cell, jnp.zeros((x.shape[0], U.shape[0])), z)
-        return jnp.mean(((jnp.swapaxes(h, 0, 1) if sequences else last) - y) ** 2)
-
-    gradient = jax.jit(jax.grad(loss))
-    x, y = jnp.asarray(data["x"]), jnp.asarray(data["y"])
-    weights = [jnp.asarray(weight) for weight in data["weights"]]
-    return lambda: [np.asarray(g) for g in gradient(weights, x, y)]
-
-
-CONTESTANTS = {
-    "BPTTRNN, XLA": keras_step(BPTTRNN, True),
-    "BPTTRNN, graph": keras_step(BPTTRNN, False),
-    "SimpleRNN, XLA": keras_step(keras.layers.SimpleRNN, True),
-    "SimpleRNN, graph": keras_step(keras.layers.SimpleRNN, False),
-    "torch.nn.RNN": torch_step,
-    "JAX scan": jax_step,
-}
-
-
-def large_product():
-    matrix = tf.random.normal((SIDE, SIDE))
-    product = tf.function(lambda: matrix @ matrix)
-    return lambda: product().numpy()
-
-
-def agree(steps, tolerance=1e-5):
-    """The largest relative difference from SimpleRNN's gradients; too large raises."""
-    expected = steps["SimpleRNN, graph"]()
-    worst = 0.0
-    for name, step in steps.items():
-        for got, want in zip(step(), expected, strict=True):
-            error = np.linalg.norm(got - want) / np.linalg.norm(want)
-            worst = max(worst, float(error))
-            if error > tolerance:
-                raise SystemExit(f"{name} differs from SimpleRNN by {error:.1e}")
-    return worst
-
-
-def measure(shape, sequences, seconds):
-    """Time every contestant that is installed on one shape."""
-    batch, timesteps, features, units = shape
-    data = problem(*shape, sequences)
-    steps, missing = {}, []
-    for name, make in CONTESTANTS.items():
-        try:
-            steps[name] = make(data, sequences)
-        except ImportError as error:
-            missing.append(f"{name}: not measured, {error}")
-    worst = agree(steps)
-    timed = {**steps, "limit": large_product()}
-    times = {name: [] for name in timed}
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline or len(times["limit"]) < 5:
-        for name, step in timed.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    # Forward x W and h U, backward delta U^T, and dW and dU.
-    products = batch * timesteps * (2 * features * units + 3 * units**2)
-    scale = products / SIDE**3
-    times["limit"] = [scale * t for t in times["limit"]]
-    return {
-        "shape": shape,
-        "return_sequences": sequences,
+        "case": dataclasses.asdict(case),
         "largest_relative_difference": worst,
-        "rounds": len(times["limit"]),
+        "rounds": rounds,
         "missing": missing,
-        "median_ms": {k: 1e3 * statistics.median(v) for k, v in times.items()},
-        "quartiles_ms": {
-            k: [1e3 * q for q in statistics.quantiles(v)[::2]] for k, v in times.items()
-        },
+        "ms": ms,
+        "limit_ms": bound,
     }
+
+
+def ratio(result, name):
+    """How many times as long as BPTTRNN, or `limit`: BPTTRNN's over it; as text."""
+    ms, own = result["ms"], result["ms"][DEFAULT]["median"]
+    if name == "limit":
+        return f"{own / result['limit_ms']:.2f}"
+    return f"{ms[name]['median'] / own:.2f}" if name in ms else "–"
 
 
 def table(results):
-    """Ratios of medians to `BPTTRNN, XLA`, as Markdown."""
-    names = list(results[0]["median_ms"])
+    """Markdown: the default's time, the others' as ratios to it."""
+    others = [name for name in CONTESTANTS if name != DEFAULT]
     lines = [
-        "| (B, T, D, H) | output | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(names),
+        "| (B, T, D, H) | output | BPTTRNN, ms (quartiles) | "
+        + " | ".join(others)
+        + " | BPTTRNN / limit |",
+        "|---|---|---|" + "---|" * (len(others) + 1),
     ]
     for result in results:
-        median = result["median_ms"]
-        ratios = [f"{median[n] / median['BPTTRNN, XLA']:.2f}" for n in names]
-        output = "sequence" if result["return_sequences"] else "last"
-        lines.append(
-            f"| {tuple(result['shape'])} | {output} | " + " | ".join(ratios) + " |"
-        )
+        case, own = Case(**result["case"]), result["ms"][DEFAULT]
+        low, high = own["quartiles"]
+        cells = [
+            *str(case).replace(") ", ")|").split("|"),
+            f"{own['median']:.2f} ({low:.2f}–{high:.2f})",
+            *(ratio(result, name) for name in [*others, "limit"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def plot(results, path):
+    """Bars of the ratios, a group for each case."""
+    import matplotlib.pyplot as plt
+
+    names = list(CONTESTANTS)
+    figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        shown = [
+            (j + (i - len(names) / 2 + 0.5) * width, float(ratio(result, name)))
+            for j, result in enumerate(results)
+            if name in result["ms"]
+        ]
+        axes.bar(*zip(*shown, strict=True), width, label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylabel("time of a step / BPTTRNN's")
+    labels = [str(Case(**r["case"])).replace(") ", ")\n") for r in results]
+    axes.set_xticks(range(len(results)), labels, fontsize=6, rotation=35)
+    axes.legend(fontsize=8, ncols=4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def parse_shape(text):
-    shape = tuple(map(int, text.split(",")))
+    try:
+        shape = tuple(map(int, text.split(",")))
+    except ValueError:
+        shape = ()
     if len(shape) != 4 or min(shape) < 1:
-        raise argparse.ArgumentTypeError(f"four positive integers, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"B,T,D,H: four positive integers, not {text!r}"
+        )
     return shape
+
+
+def run(cases, seconds):
+    results = []
+    for case in cases:
+        results.append(result := measure(case, seconds))
+        median = {k: round(v["median"], 2) for k, v in result["ms"].items()}
+        print(f"{case}, ms: {median}, limit {result['limit_ms']:.2f}", flush=True)
+        worst = result["largest_relative_difference"]
+        print(f"  largest relative difference of a gradient: {worst:.1e}")
+        print("".join(f"  {line}\n" for line in result["missing"]), end="")
+    return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--shapes", nargs="+", type=parse_shape, metavar="B,T,D,H",
-        default=[parse_shape(shape) for shape in SHAPES],
-    )  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="B,T,D,H")
     parser.add_argument("--seconds", type=float, default=10, help="for each row")
     parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
+    parser.add_argument("--plot", type=pathlib.Path, help="draw the ratios here")
     args = parser.parse_args()
-    results = []
-    for shape in args.shapes:
-        for sequences in (True, False):
-            results.append(result := measure(shape, sequences, args.seconds))
-            median = {k: round(v, 2) for k, v in result["median_ms"].items()}
-            print(f"{shape}, return_sequences={sequences}, ms:", median, flush=True)
-            worst = result["largest_relative_difference"]
-            print(f"  largest relative difference of a gradient: {worst:.1e}")
-            print("".join(f"  {line}\n" for line in result["missing"]), end="")
-    print("\nTime of a step over that of BPTTRNN under XLA, medians:\n")
+    cases = CASES
+    if args.shapes:
+        cases = [
+            Case(*shape, sequences=s) for shape in args.shapes for s in (True, False)
+        ]
+    results = run(cases, args.seconds)
+    print("\nTime of a step over BPTTRNN's, medians:\n")
     print(table(results))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":

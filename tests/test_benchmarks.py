@@ -1,0 +1,115 @@
+"""The benchmarks measure what they say, and refuse contestants that disagree."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = (3, 6, 2, 4)
+NAMES = ["BPTTRNN", "SimpleRNN, graph"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize("options", [{}, {"masked": True}, {"dropout": 0.3}], ids=str)
+def test_a_row_of_the_table(options):
+    import contestants
+    import training_step
+
+    case = contestants.Case(*SMALL, **options)
+    result = training_step.measure(case, 0, NAMES)
+    assert result["largest_relative_difference"] < contestants.TOLERANCE
+    assert list(result["ms"]) == NAMES
+    assert all(ms["median"] > 0 for ms in result["ms"].values())
+    row = training_step.table([result]).splitlines()[-1]
+    assert str(SMALL) in row
+    assert row.count("–") == len(contestants.CONTESTANTS) - 2 + 1  # and the quartiles'
+
+
+def test_a_wrong_contestant_is_refused(monkeypatch):
+    import contestants
+
+    def wrong(case, data):
+        step = contestants.keras_step(contestants.BPTTRNN)(case, data)
+        return lambda: [gradient * 1.001 for gradient in step()]
+
+    monkeypatch.setitem(contestants.CONTESTANTS, "wrong", wrong)
+    with pytest.raises(SystemExit, match="wrong differs from SimpleRNN, graph"):
+        contestants.contestants(contestants.Case(*SMALL), [*NAMES, "wrong"])
+
+
+def test_a_missing_contestant_is_a_line(monkeypatch):
+    import contestants
+
+    def missing(case, data):
+        raise ImportError("No module named 'peer'")
+
+    monkeypatch.setitem(contestants.CONTESTANTS, "peer", missing)
+    case = contestants.Case(*SMALL)
+    steps, lines, _ = contestants.contestants(case, [*NAMES, "peer"])
+    assert list(steps) == NAMES
+    assert lines == ["peer: not measured, No module named 'peer'"]
+
+
+def test_the_masked_problem_has_padded_examples():
+    import contestants
+
+    mask = contestants.problem(contestants.Case(20, 10, 2, 3, masked=True))["mask"]
+    assert np.all(mask[:, 0]) and not np.all(mask)
+
+
+def test_the_limit_counts_multiply_adds():
+    """By hand: x W, x^T delta: D H each; h U, delta U^T, h^T delta: H H each."""
+    import contestants
+    import timing
+
+    case = contestants.Case(3, 5, 2, 4)
+    assert case.multiply_adds == 3 * 5 * (2 * 2 * 4 + 3 * 4 * 4)
+    assert timing.limit(2.0, timing.SIDE**3 // 2) == 1.0
+
+
+def test_every_function_is_timed_every_round():
+    import timing
+
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.interleaved(functions, 0, rounds=3)
+    assert calls == list("aabb" * 3)
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+def test_the_page_has_a_place_for_every_table():
+    import report
+
+    page = report.PAGE.read_text(encoding="utf-8")
+    for name, (_, table, _) in report.BENCHMARKS.items():
+        if table is not None:
+            assert "\nTABLE\n<!-- end" in report.filled(page, name, "TABLE")
+    with pytest.raises(SystemExit, match="not one place"):
+        report.filled(page, "nothing", "TABLE")
+
+
+def test_memory_grows_by_what_is_kept():
+    """h and x, of a hundred steps, in a process of its own."""
+    import memory
+
+    peak = memory.peak_of_a_process("BPTTRNN", False, 16)
+    assert peak > 100
+    assert memory.data_mb(True, 2**20 // (32 * 4)) == (32.0 + 128.0, 128.0)
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "a", "1,2,3,0"])
+def test_wrong_shapes(text):
+    import argparse
+
+    import training_step
+
+    with pytest.raises(argparse.ArgumentTypeError, match="B,T,D,H"):
+        training_step.parse_shape(text)
