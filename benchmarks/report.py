@@ -29,7 +29,7 @@ PAGE = DOCS / "performance.md"
 
 def training_steps(quick):
     cases = training_step.CASES[:1] if quick else training_step.CASES
-    return training_step.run(cases, 0 if quick else 10)
+    return training_step.run(cases, 0 if quick else 6)
 
 
 def memories(quick):
@@ -41,7 +41,7 @@ def fits(quick):
 
 
 def scalings(quick):
-    return scaling.run(0 if quick else 2)
+    return scaling.run(0 if quick else 1)
 
 
 def lengths(quick):
@@ -50,7 +50,7 @@ def lengths(quick):
 
 def break_evens(quick):
     cases = compilation.SMALL[:1] if quick else compilation.SMALL
-    return compilation.break_even(0 if quick else 2, cases)
+    return compilation.break_even(0 if quick else 1, cases)
 
 
 # What runs, how its table is written, how its plot is drawn.
