@@ -1,6 +1,7 @@
-"""Walk over time in blocks of steps, whose slices stay in cache.
+"""Walk over time in blocks of steps, so that what is made on the way is small.
 
-Tensors are batch-major, (batch, timesteps, ...). How time is cut:
+Tensors are batch-major, (batch, timesteps, ...), where they come from the caller; what is
+stacked step by step is time-major, (timesteps, batch, ...). How time is cut:
 
 * Where the number of steps is known, block by block in Python: a few blocks, each a part of
   the graph. What a block returns is kept as it is, and what nobody asks for (the gradient
@@ -19,8 +20,10 @@ import tensorflow as tf
 from keras_bptt.execution import within_xla
 from keras_bptt.scans import size_of, stack
 
-# What a block holds of the states, in numbers: 2 MB of float32, about what is in cache.
-NUMBERS = 2**19
+# What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
+# quicker: between two of them one part of the batch waits for the products of another. But
+# z and delta take a block each, which is to stay small beside h.
+NUMBERS = 3 * 2**19
 # About the most blocks that are parts of the graph, and their fewest steps: each block
 # costs what some steps do.
 MOST, FEWEST_STEPS = 16, 16
@@ -66,14 +69,14 @@ def blocks_of(x, units, unroll):
         return Blocks(steps, size, size < steps)
     batch = USUAL_BATCH if x.shape[0] is None else x.shape[0]
     numbers = steps * batch * units
-    count = min(MOST, steps // FEWEST_STEPS, numbers // NUMBERS)
+    count = min(MOST, steps // FEWEST_STEPS, round(numbers / NUMBERS))
     size = divisor(steps, count)
     return Blocks(steps, size or -(-steps // max(count, 1)), False)
 
 
 def blocks_like(pieces):
     """Blocks that are the pieces: where the other pass knew more, or less, of the sizes."""
-    sizes = [piece.shape[1] for piece in pieces]
+    sizes = [piece.shape[0] for piece in pieces]
     return Blocks(sum(sizes), sizes[0], False)
 
 
@@ -91,11 +94,11 @@ def walk(block, carry, blocks, width, *, reverse=False):
             count; None: all do.
         carry: tuple of tensors, what goes from block to block.
         blocks: how time is cut.
-        width: the outputs of a block are (batch, size, width). None: there are none.
+        width: the outputs of a block are (size, batch, width). None: there are none.
         reverse: from the last block to the first. Outputs stand at their steps' places.
 
     Returns:
-        The last carry, and the outputs: consecutive pieces (batch, ..., width), those of
+        The last carry, and the outputs: consecutive pieces (..., batch, width), those of
         the steps alone. From a loop it is one piece.
     """
     steps, size, count = blocks.steps, blocks.size, blocks.count
@@ -121,49 +124,54 @@ def walk(block, carry, blocks, width, *, reverse=False):
 
     array = 0
     if width is not None:
-        shape = [None, size, width]
+        shape = [size, None, width]
         array = tf.TensorArray(carry[0].dtype, count, element_shape=shape)
     _, carry, array = tf.while_loop(lambda i, *_: i < count, body, (0, carry, array))
     if width is None:
         return carry, [None]
     batch = tf.shape(carry[0])[0]
-    outputs = tf.transpose(stack(array, [batch, size, width]), [1, 0, 2, 3])
-    outputs = tf.reshape(outputs, [batch, count * size, width])
-    outputs = outputs if blocks.whole else outputs[:, :steps]
+    outputs = stack(array, [size, batch, width])
+    outputs = tf.reshape(outputs, [count * size, batch, width])
+    outputs = outputs if blocks.whole else outputs[:steps]
     known = steps if isinstance(steps, int) else None
-    return carry, [tf.ensure_shape(outputs, [None, known, width])]
+    return carry, [tf.ensure_shape(outputs, [known, None, width])]
 
 
-def padded(x, blocks):
-    """`x` (batch, timesteps, ...), one piece or a tensor, as `cut` is to find it."""
+def padded(x, blocks, axis=1):
+    """`x`, a tensor or consecutive pieces of it, as `cut` is to find it."""
     if x is None or not blocks.in_loop:
         return x
     x = in_one_piece(x)
     if blocks.whole:
         return x
-    missing = blocks.count * blocks.size - size_of(x, 1)
-    return tf.pad(x, [[0, 0], [0, missing], *[[0, 0]] * (len(x.shape) - 2)])
+    missing = blocks.count * blocks.size - size_of(x, axis)
+    before = [[0, 0]] * axis
+    after = [[0, 0]] * (len(x.shape) - axis - 1)
+    return tf.pad(x, [*before, [0, missing], *after])
 
 
-def cut(x, start, size):
+def cut(x, start, size, axis=1):
     """Steps start ... start + size - 1 of `x`, a tensor or consecutive pieces of it."""
     if x is None:
         return None
     if isinstance(x, list | tuple):
         if len(x) > 1:  # all but the last of one length
-            place, start = divmod(start, x[0].shape[1])
+            place, start = divmod(start, x[0].shape[axis])
             x = x[place:]
         x = x[0]
     if isinstance(start, int):
-        return x if start == 0 and size == x.shape[1] else x[:, start : start + size]
-    rank = len(x.shape)
-    sizes = [size_of(x, axis) for axis in range(rank)]
+        if start == 0 and size == x.shape[axis]:
+            return x
+        return x[start : start + size] if axis == 0 else x[:, start : start + size]
+    sizes = [size_of(x, i) for i in range(len(x.shape))]
+    begin = [0] * len(sizes)
+    begin[axis], sizes[axis] = start, size
     # XLA takes a start that is computed, as long as the size is not.
-    return tf.slice(x, [0, start] + [0] * (rank - 2), [sizes[0], size, *sizes[2:]])
+    return tf.slice(x, begin, sizes)
 
 
 def in_one_piece(pieces):
-    """The pieces as one tensor."""
+    """The pieces (timesteps, ...) as one tensor."""
     if not isinstance(pieces, list | tuple):
         return pieces
-    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 1)
+    return pieces[0] if len(pieces) == 1 else tf.concat(pieces, 0)

@@ -1,13 +1,14 @@
 """The two passes over one block of steps: what is sequential, step after step.
 
 Everything else, the products that make the weights' gradients and those of the inputs, is
-left to the caller. Tensors are batch-major, (batch, timesteps, ...), here and there alike:
-a loop reads its steps where they are, and only what it stacks must be transposed.
+left to the caller. What comes from the caller of the layer is batch-major, (batch,
+timesteps, ...), and read where it is; what a pass stacks is time-major, (timesteps, batch,
+...), and stays so: no pass lays anything out anew.
 """
 
 import tensorflow as tf
 
-from keras_bptt.scans import batch_major_at, scan, size_of, states_step
+from keras_bptt.scans import at, batch_major_at, scan, size_of, states_step
 
 
 def forward_pass(static, valid, U, h_0, z, mask, r):
@@ -20,7 +21,7 @@ def forward_pass(static, valid, U, h_0, z, mask, r):
         z: (batch, timesteps, units), the inputs' share of the pre-activation.
 
     Returns:
-        (h_T, h) or, where the states are not wanted, (h_T,).
+        (h_T, h) with h time-major or, where the states are not wanted, (h_T,).
     """
     options, stacked = static
     mask = None if mask is None else mask[:, :, None]
@@ -33,7 +34,7 @@ def forward_pass(static, valid, U, h_0, z, mask, r):
         unroll=options.unroll,
         stacked=stacked,
     )
-    return (last, to_batch_major(h)) if stacked else (last,)
+    return (last, h) if stacked else (last,)
 
 
 def backward_pass(options, valid, U, a, h, z, e, mask, r):
@@ -44,32 +45,32 @@ def backward_pass(options, valid, U, a, h, z, e, mask, r):
         valid: how many of the steps count, None: all.
         U, mask, r: as `recurrence.recurrence` has them.
         a: what later steps send back to the last one of these.
-        h, z: the states, where f' is a function of them, else the pre-activation; the
-            other is None.
-        e: the cotangents e_t, None: none but what `a` holds.
+        h, z: the states, where f' is a function of them, else the pre-activation, both
+            time-major; the other is None.
+        e: the cotangents e_t, batch-major. None: none but what `a` holds.
 
     Returns:
-        What these steps send back to the one before, and delta: 0 at steps that do not
-        count.
+        What these steps send back to the one before, and delta, time-major: 0 at steps
+        that do not count.
     """
     mask = None if mask is None else mask[:, :, None]
     a, delta = scan(
         adjoint_step(options.activation, U, r),
         a,
-        lambda t: batch_major_at(t, h, e, z, mask),
-        size_of(h if z is None else z, 1),
+        lambda t: at(t, h, z) + batch_major_at(t, e, mask),
+        size_of(h if z is None else z, 0),
         valid=valid,
         reverse=True,
         unroll=options.unroll,
     )
-    return a, to_batch_major(delta)
+    return a, delta
 
 
 def adjoint_step(f, U, r):
     """One step back. The carry is a_t without its own e_t: what later steps send back."""
     U_T = tf.transpose(U)
 
-    def step(carry, h, e, z, m):
+    def step(carry, h, z, e, m):
         a = carry if e is None else e + carry
         inward = where(m, a)
         delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)

@@ -46,7 +46,7 @@ from keras_bptt.passes import (
     to_time_major,
     where,
 )
-from keras_bptt.scans import States, states, sum_of_products
+from keras_bptt.scans import States, previous_states, states, sum_of_products
 from keras_bptt.shards import joined, shards_of, split, summed
 
 
@@ -140,6 +140,9 @@ def forward_of_shard(options, constants, x, h_0, W, U, *b):
     x, mask = processing_order(options, x, mask)
     stacked = options.return_sequences or options.keep_states
     blocks = blocks_of(x, U.shape[0], options.unroll)
+    if options.return_sequences and not blocks.in_loop:
+        # One piece, which need not be copied: z takes no more than y will.
+        blocks = blocks._replace(size=blocks.steps)
     inputs, real = padded(x, blocks), padded(mask, blocks)
 
     def block(start, size, valid, carry):
@@ -150,31 +153,31 @@ def forward_of_shard(options, constants, x, h_0, W, U, *b):
         return (h_T,), h[0] if stacked else None
 
     (h_T,), h = walk(block, (h_0,), blocks, U.shape[0] if stacked else None)
-    y = in_one_piece(h) if options.return_sequences else None
+    y = to_batch_major(in_one_piece(h)) if options.return_sequences else None
     return *read_out(options, mask, y, h_T), tuple(h)
 
 
 def backward(options, constants, outputs, residuals, cotangents, *arguments):
     """Return the gradients of x, W, U, h_0 and, where there is one, b."""
     x, W, U, h_0, *b = arguments
-    h = residuals
-    if not h and not outputs_are_states(options, constants):
+    h, y = residuals, None
+    if not h and outputs_are_states(options, constants):
+        y = outputs[0]
+    elif not h:
         again = dataclasses.replace(options, keep_states=True)
         _, h = forward(again, constants, *arguments)
     count = len(h) or shards_of(x, U, options.jit_compile)
-    if not h:
-        h = [(y,) for y in split(count, outputs[0])]
-    shards = split(count, (constants, x, h_0, *cotangents))
+    shards = split(count, (constants, x, h_0, y, *cotangents))
     parts = [
         backward_of_shard(options, *shard, pieces, W, U, *b)
-        for shard, pieces in zip(shards, h, strict=True)
+        for shard, pieces in zip(shards, h or [None] * count, strict=True)
     ]
     d_x, d_W, d_U, d_h_0, *d_b = zip(*parts, strict=True)
     return joined(d_x), summed(d_W), summed(d_U), joined(d_h_0), *map(summed, d_b)
 
 
-def backward_of_shard(options, constants, x, h_0, dy, ds, h, W, U, *b):
-    """`backward`, given the pieces of h."""
+def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
+    """`backward`, given the pieces of h or, where it is the same, y."""
     mask, d, r = constants
     x, mask = processing_order(options, x, mask)
     seen = visible(options, mask)
@@ -182,49 +185,55 @@ def backward_of_shard(options, constants, x, h_0, dy, ds, h, W, U, *b):
     if e is None:
         ds += dy if seen is None else where(seen[:, -1], dy)
     blocks = blocks_of(x, U.shape[0], options.unroll)
-    if len(h) > 1 and not within_xla():
+    if h and len(h) > 1 and not within_xla():
         blocks = blocks_like(h)
-    x, mask, seen, h, e = (padded(t, blocks) for t in (x, mask, seen, h, e))
+    x, mask, seen, e, y = (padded(t, blocks) for t in (x, mask, seen, e, y))
+    h = padded(h, blocks, axis=0)
+
+    def states_of(start, size):
+        if y is None:
+            return cut(h, start, size, axis=0)
+        return to_time_major(cut(y, start, size))
+
+    def state_before(start):
+        if isinstance(start, int):
+            return h_0 if start == 0 else states_of(start - 1, 1)[0]
+        return tf.where(start > 0, states_of(tf.maximum(start - 1, 0), 1)[0], h_0)
 
     def block(start, size, valid, carry):
         a, d_W, d_U, *d_b = carry
-        m, c, h_t, e_t = (cut(t, start, size) for t in (mask, seen, h, e))
-        real = None if m is None else m[:, :, None]
+        m, c, e_t = (cut(t, start, size) for t in (mask, seen, e))
+        h_t, first = states_of(start, size), state_before(start)
 
-        def terms():
-            """Of z_t: d x_t and r h_{t-1}."""
+        def inputs():
             # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
-            inputs = where(real, dropped(d, cut(x, start, size)))
-            before = tf.concat([state_before(start), h_t[:, :-1]], 1)
-            return inputs, dropped(r, before)
+            real = None if m is None else m[:, :, None]
+            return to_time_major(where(real, dropped(d, cut(x, start, size))))
 
         z = None
         if options.activation.slope_of_output is None:
-            inputs, before = terms()
-            z = where(real, project(inputs, W, *b) + tf.tensordot(before, U, 1))
+            z = project(inputs(), W, *b)
+            z += tf.tensordot(previous_states(h_t, first, r), U, 1)
+            z = z if m is None else where(tf.transpose(m)[:, :, None], z)
         arguments = valid, U, a, h_t if z is None else None, z, where(c, e_t), m, r
         a, delta = call(backward_pass, options, options.jit_compile, *arguments)
         # First the recurrence, which others wait for; then the products, one after the
         # other, for each has work for all cores.
         with tf.control_dependencies([delta]):
-            inputs, before = terms()
-            d_U += sum_of_products(before, delta)
+            # The first state apart from the others, which stay where they are.
+            before = [s if r is None else r * s for s in (first[None], h_t[:-1])]
+            d_U += sum_of_products(before[0], delta[:1])
+            d_U += sum_of_products(before[1], delta[1:])
         with tf.control_dependencies([d_U]):
-            d_W += sum_of_products(inputs, delta)
+            d_W += sum_of_products(inputs(), delta)
         with tf.control_dependencies([d_W]):
             d_b = [later + tf.reduce_sum(delta, [0, 1]) for later in d_b]
-        d_x = dropped(d, tf.tensordot(delta, W, [[2], [1]]))
-        return (a, d_W, d_U, *d_b), d_x
-
-    def state_before(start):
-        first = h_0[:, None]
-        if isinstance(start, int):
-            return first if start == 0 else cut(h, start - 1, 1)
-        return tf.where(start > 0, cut(h, tf.maximum(start - 1, 0), 1), first)
+        d_x = tf.tensordot(delta, W, [[2], [1]])
+        return (a, d_W, d_U, *d_b), d_x if d is None else d * d_x
 
     carry = (ds, tf.zeros_like(W), tf.zeros_like(U), *map(tf.zeros_like, b))
     (d_h_0, d_W, d_U, *d_b), d_x = walk(block, carry, blocks, W.shape[0], reverse=True)
-    d_x = in_one_piece(d_x)
+    d_x = to_batch_major(in_one_piece(d_x))
     d_x = tf.reverse(d_x, [1]) if options.go_backwards else d_x
     return d_x, d_W, d_U, d_h_0, *d_b
 

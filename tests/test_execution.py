@@ -280,12 +280,12 @@ def test_the_number_of_steps_is_no_constant_of_a_compiled_pass(backward):
     options = keras_bptt.recurrence.Recurrence(activation)
 
     @tf.function(jit_compile=True)
-    def call(valid, U, state, h):
+    def call(valid, U, state, z, h):
         if backward:
-            return backward_pass(options, valid, U, state, h, None, h, None, None)
-        return forward_pass((options, True), valid, U, state, h, None, None)
+            return backward_pass(options, valid, U, state, h, None, z, None, None)
+        return forward_pass((options, True), valid, U, state, z, None, None)
 
-    shapes = [(), (H, H), (B, H), (B, T, H)]
+    shapes = [(), (H, H), (B, H), (B, T, H), (T, B, H)]
     tensors = [tf.ones(s, tf.float32 if s else tf.int32) for s in shapes]
     # What XLA takes for a constant is no parameter of the program.
     hlo = call.experimental_get_compiler_ir(*tensors)(stage="hlo")
