@@ -9,6 +9,7 @@ stacked step by step is time-major, (timesteps, batch, ...). How time is cut:
 * Where only run time tells it, in a loop over blocks of one size. Inputs are padded to
   whole blocks, and the last block is told how many of its steps count. So one compiled
   block serves every length.
+* Where there are very many and nothing is kept of them, in the same loop.
 * Where XLA compiles the whole, in the same loop: a program of a few blocks would take it
   a few times as long to compile.
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.execution import within_xla
-from keras_bptt.scans import size_of, stack
+from keras_bptt.loops import size_of, stack
 
 # What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
 # quicker: between two of them one part of the batch waits for the products of another. But
@@ -38,7 +39,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         steps: the number of steps, an integer or a tensor.
-        size: of a block, an integer.
+        size: of a block, an integer; or `steps`, where they are one block.
         in_loop: whether the walk is a loop in the graph, not one in Python.
     """
 
@@ -48,6 +49,8 @@ class Blocks(NamedTuple):
 
     @property
     def count(self):
+        if self.size is self.steps:
+            return 1
         return (self.steps + self.size - 1) // self.size
 
     @property
@@ -55,9 +58,16 @@ class Blocks(NamedTuple):
         """Whether all blocks are known to be whole."""
         return isinstance(self.steps, int) and self.steps % self.size == 0
 
+    def in_one(self):
+        """The same steps as one block."""
+        return Blocks(self.steps, self.steps, False)
 
-def blocks_of(x, units, unroll):
-    """How to cut the steps of `x` (batch, timesteps, features) for so many units."""
+
+def blocks_of(x, units, unroll, kept=True):
+    """How to cut the steps of `x` (batch, timesteps, features) for so many units.
+
+    Where nothing that the blocks make is `kept`, no block is longer for more steps.
+    """
     steps = size_of(x, 1)
     if not isinstance(steps, int):
         return Blocks(steps, LOOP_SIZE, True)
@@ -71,6 +81,9 @@ def blocks_of(x, units, unroll):
     numbers = steps * batch * units
     count = min(MOST, steps // FEWEST_STEPS, round(numbers / NUMBERS))
     size = divisor(steps, count)
+    if not kept and numbers > MOST * NUMBERS:
+        size = max(FEWEST_STEPS, NUMBERS // max(1, batch * units))
+        return Blocks(steps, divisor(steps, steps // size) or size, True)
     return Blocks(steps, size or -(-steps // max(count, 1)), False)
 
 
@@ -105,10 +118,11 @@ def walk(block, carry, blocks, width, *, reverse=False):
     if not blocks.in_loop:
         pieces, before = [None] * count, ()
         for j in reversed(range(count)) if reverse else range(count):
-            start = j * size
+            start = j * size if j else 0
+            length = size if count == 1 else min(size, steps - start)
             # One block at a time: what runs ahead piles up.
             with tf.control_dependencies(before):
-                carry, pieces[j] = block(start, min(size, steps - start), None, carry)
+                carry, pieces[j] = block(start, length, None, carry)
             before = carry
         return carry, pieces
 
@@ -126,7 +140,10 @@ def walk(block, carry, blocks, width, *, reverse=False):
     if width is not None:
         shape = [size, None, width]
         array = tf.TensorArray(carry[0].dtype, count, element_shape=shape)
-    _, carry, array = tf.while_loop(lambda i, *_: i < count, body, (0, carry, array))
+    # The next block may begin, no more: what runs ahead piles up.
+    _, carry, array = tf.while_loop(
+        lambda i, *_: i < count, body, (0, carry, array), parallel_iterations=2
+    )
     if width is None:
         return carry, [None]
     batch = tf.shape(carry[0])[0]
@@ -160,7 +177,8 @@ def cut(x, start, size, axis=1):
             x = x[place:]
         x = x[0]
     if isinstance(start, int):
-        if start == 0 and size == x.shape[axis]:
+        # A size that only run time tells is that of the one block.
+        if not isinstance(size, int) or (start == 0 and size == x.shape[axis]):
             return x
         return x[start : start + size] if axis == 0 else x[:, start : start + size]
     sizes = [size_of(x, i) for i in range(len(x.shape))]

@@ -1,13 +1,16 @@
 """BPTTRNN: configuration, state, masks and dtype. No derivative is written here."""
 
 import inspect
+import math
 import numbers
 
 import keras
 import tensorflow as tf
 
 from keras_bptt.activations import resolve, xla_compiles
-from keras_bptt.recurrence import Constants, Recurrence, recurrence
+from keras_bptt.recurrence import Constants, Recurrence
+from keras_bptt.truncated import truncated_recurrence
+from keras_bptt.truncation import RandomizedTruncation, policy, positive_integer
 
 if keras.config.backend() != "tensorflow":
     raise ImportError(
@@ -61,12 +64,22 @@ class BPTTRNN(keras.layers.SimpleRNN):
     At a masked step the state stays, h_t = h_{t-1}, and the adjoint passes through;
     `dropout` scales x_t and `recurrent_dropout` scales h_{t-1} in all of the above.
 
-    Gradients are exact with respect to the inputs, the initial state and the weights, and
-    have exact derivatives of every order. For most activations f' is computed from h_t;
-    for any other function of one unit z_t is computed again. An activation that mixes
-    units, such as softmax, is found out when the layer is built, and costs one
-    vector-Jacobian product a step. Forward mode (`tf.autodiff.ForwardAccumulator`) works
-    around eager code and around a `tf.function`, and raises inside one.
+    With `truncation` a loss reaches back through a bounded number of steps, in all of the
+    gradients alike; `Truncation` and `RandomizedTruncation` define which paths are kept. It
+    is computed as it is defined: the backward pass is as many steps long as a window, not
+    as the sequence, and where the last output alone is asked for, the states of the last
+    window are all that is kept. The outputs never change. With `adjoint_clipnorm` = r,
+    a_t is scaled by s_t = min(1, r / |a_t|) for each example, before it makes delta_t and
+    with it all that recurs (Graves 2013): where gradients explode, at the step where they
+    do. Masked steps are not clipped; windows that overlap clip each for itself.
+
+    Without these two, gradients are exact with respect to the inputs, the initial state and
+    the weights, and have exact derivatives of every order. For most activations f' is
+    computed from h_t; for any other function of one unit z_t is computed again. An
+    activation that mixes units, such as softmax, is found out when the layer is built, and
+    costs one vector-Jacobian product a step. Forward mode
+    (`tf.autodiff.ForwardAccumulator`) works around eager code and around a `tf.function`,
+    and raises inside one.
 
     Args:
         units: Positive integer, the size of the hidden state.
@@ -82,6 +95,14 @@ class BPTTRNN(keras.layers.SimpleRNN):
             which may also be a positive integer: so many steps an iteration of the loop,
             which needs no known number of timesteps, as True does. (The attribute `unroll`
             says whether all steps are written into the graph.)
+        truncation: Which paths of the gradient are kept. None, the default: all, full
+            backpropagation through time. A positive integer k: `Truncation(k)`, chunks of
+            k steps. A `Truncation(steps, stride)` or a `RandomizedTruncation(mean_steps,
+            seed)`; the latter draws where `training` is true.
+        adjoint_clipnorm: The largest norm of dL/dh_t of one example, or None: no clipping.
+            In the units of the cotangents that the layer receives: a mean loss divides
+            them by the size of the batch, a `LossScaleOptimizer` multiplies them by its
+            scale.
         jit_compile: Whether XLA compiles the recurrence, inside whatever graph the caller
             builds. `"auto"`, the default: where `training` is true, so that no export
             depends on XLA; where XLA can, which an `activation` of Python code may forbid;
@@ -107,8 +128,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
 
     Raises:
         ImportError: on import, where Keras runs on another backend than TensorFlow.
-        ValueError: for `units`, `unroll` or `jit_compile` out of their range, an activation
-            that breaks its promises, and inputs, state or mask of a wrong shape.
+        ValueError: for `units`, `unroll`, `truncation`, `adjoint_clipnorm` or `jit_compile`
+            out of their range, `adjoint_clipnorm` with the compute dtype float16, an
+            activation that breaks its promises, and inputs, state or mask of a wrong shape.
 
     Example:
 
@@ -117,17 +139,31 @@ class BPTTRNN(keras.layers.SimpleRNN):
     >>> sequence, state = layer(np.ones((2, 7, 3), "float32"))
     >>> sequence.shape, state.shape
     (TensorShape([2, 7, 4]), TensorShape([2, 4]))
+    >>> BPTTRNN(4, truncation=20, adjoint_clipnorm=1.0).truncation
+    Truncation(steps=20)
 
     References:
         - Werbos, Backpropagation through time: what it does and how to do it, 1990.
         - Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural
           networks, 2013 (arXiv 1211.5063).
+        - Williams & Peng, An efficient gradient-based algorithm for on-line training of
+          recurrent network trajectories, 1990: truncation.
+        - Graves, Generating sequences with recurrent neural networks, 2013 (arXiv
+          1308.0850): clipping inside the recursion.
         - Gal & Ghahramani, A theoretically grounded application of dropout in recurrent
           neural networks, 2016 (arXiv 1512.05287): one mask for all steps.
     """
 
-    def __init__(self, units, *args, jit_compile="auto", **kwargs):
-        if not _positive_integer(units):
+    def __init__(
+        self,
+        units,
+        *args,
+        truncation=None,
+        adjoint_clipnorm=None,
+        jit_compile="auto",
+        **kwargs,
+    ):
+        if not positive_integer(units):
             raise ValueError(
                 "`units` must be a positive integer, the size of the hidden state. "
                 f"Received: units={units!r}."
@@ -137,14 +173,27 @@ class BPTTRNN(keras.layers.SimpleRNN):
                 "`jit_compile` must be True, False or 'auto' (compile where the layer is "
                 f"called with training=True). Received: jit_compile={jit_compile!r}."
             )
+        truncation = policy(truncation)
+        adjoint_clipnorm = _clipnorm(adjoint_clipnorm)
         super().__init__(int(units), *args, **kwargs)
-        if not isinstance(self.unroll, bool) and not _positive_integer(self.unroll):
+        if adjoint_clipnorm is not None and self.compute_dtype == "float16":
+            raise ValueError(
+                "`adjoint_clipnorm` is for compute dtypes of a wider range: in float16 the "
+                "loss is scaled, and the cotangents that are clipped with it. Received: "
+                f"adjoint_clipnorm={adjoint_clipnorm}, compute dtype float16. Use "
+                "'mixed_bfloat16' or 'float32'."
+            )
+        if not isinstance(self.unroll, bool) and not positive_integer(self.unroll):
             raise ValueError(
                 "`unroll` must be True (write every step into the graph), False, or a "
                 "positive integer, so many steps an iteration of the loop. Received: "
                 f"unroll={self.unroll!r}."
             )
         self.jit_compile = jit_compile
+        self.truncation = truncation
+        self.adjoint_clipnorm = adjoint_clipnorm
+        if isinstance(truncation, RandomizedTruncation):
+            self._truncation_draws = keras.random.SeedGenerator(truncation.seed)
         # The host takes any true `unroll` for all steps, whose number it asks for then.
         self._steps_per_iteration = (
             0 if isinstance(self.unroll, bool) else int(self.unroll)
@@ -160,7 +209,11 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def get_config(self):
         config = super().get_config()
         config["unroll"] = self._steps_per_iteration or self.unroll
-        # Left out where it says nothing, so that SimpleRNN can take the configuration.
+        # Left out where they say nothing, so that SimpleRNN can take the configuration.
+        if self.truncation is not None:
+            config["truncation"] = keras.saving.serialize_keras_object(self.truncation)
+        if self.adjoint_clipnorm is not None:
+            config["adjoint_clipnorm"] = self.adjoint_clipnorm
         if self.jit_compile != "auto":
             config["jit_compile"] = self.jit_compile
         return config
@@ -193,7 +246,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
             mask=None if mask is None else tf.reshape(tf.cast(mask, tf.bool), steps),
             d=cell.get_dropout_mask(sequences[:, 0, :]) if training else None,
             r=cell.get_recurrent_dropout_mask(h_0) if training else None,
+            factors=self._draw_factors(steps) if training else None,
         )
+        randomized = isinstance(self.truncation, RandomizedTruncation)
         options = Recurrence(
             activation=self._activation,
             return_sequences=self.return_sequences,
@@ -202,6 +257,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
             unroll=self.unroll or self._steps_per_iteration,
             keep_states=bool(training),
             jit_compile=self._compiles(training),
+            truncation=None if randomized else self.truncation,
+            adjoint_clipnorm=self.adjoint_clipnorm,
         )
         # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
         # itself, which the gradient would read outside the scope that casts it.
@@ -209,10 +266,23 @@ class BPTTRNN(keras.layers.SimpleRNN):
         W, U = map(tf.convert_to_tensor, weights)
         b = [] if cell.bias is None else [tf.convert_to_tensor(cell.bias)]
         x = tf.cast(sequences, cell.compute_dtype)
-        y, state = recurrence(options, constants, x, W, U, h_0, *b)
+        y, state = truncated_recurrence(options, constants, x, W, U, h_0, *b)
         if self.return_sequences:
             return y[:, -1], y, [state]
         return y, y[:, None], [state]
+
+    def _draw_factors(self, steps):
+        """1 / p or 0 for each step and example, where the truncation is randomised."""
+        if not isinstance(self.truncation, RandomizedTruncation):
+            return None
+        p = self.truncation.keep_probability
+        factor = tf.constant(1 / p, self.cell.compute_dtype)
+        # Of the factor as it is rounded, so that the mean is 1 in any precision.
+        p = 1 / tf.cast(factor, tf.float32)
+        draws = keras.random.uniform(
+            steps, seed=self._truncation_draws, dtype="float32"
+        )
+        return tf.where(draws < p, factor, tf.zeros_like(factor))
 
     def _compiles(self, training):
         if self.jit_compile is False:
@@ -277,9 +347,17 @@ class BPTTRNN(keras.layers.SimpleRNN):
             )
 
 
-def _positive_integer(value):
-    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return integer and value > 0
+def _clipnorm(value):
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(
+            "`adjoint_clipnorm` must be a positive finite number, the largest norm of "
+            f"dL/dh_t for one example, or None. Received: adjoint_clipnorm={value!r}. Pass "
+            "None to clip nothing."
+        )
+    return float(value)
 
 
 def _compatible(given, expected):

@@ -8,7 +8,8 @@ timesteps, ...), and read where it is; what a pass stacks is time-major, (timest
 
 import tensorflow as tf
 
-from keras_bptt.scans import at, batch_major_at, scan, size_of, states_step
+from keras_bptt.loops import at, batch_major_at, scan, size_of
+from keras_bptt.scans import clip_scale, states_step
 
 
 def forward_pass(static, valid, U, h_0, z, mask, r):
@@ -37,13 +38,13 @@ def forward_pass(static, valid, U, h_0, z, mask, r):
     return (last, h) if stacked else (last,)
 
 
-def backward_pass(options, valid, U, a, h, z, e, mask, r):
+def backward_pass(options, valid, U, a, h, z, e, mask, r, factors):
     """a_t = e_t + delta_{t+1} U^T and delta_t = a_t f'(z_t), from the last step back.
 
     Args:
         options: of the recurrence.
         valid: how many of the steps count, None: all.
-        U, mask, r: as `recurrence.recurrence` has them.
+        U, mask, r, factors: as `recurrence.recurrence` has them.
         a: what later steps send back to the last one of these.
         h, z: the states, where f' is a function of them, else the pre-activation, both
             time-major; the other is None.
@@ -53,29 +54,42 @@ def backward_pass(options, valid, U, a, h, z, e, mask, r):
         What these steps send back to the one before, and delta, time-major: 0 at steps
         that do not count.
     """
-    mask = None if mask is None else mask[:, :, None]
-    a, delta = scan(
-        adjoint_step(options.activation, U, r),
+    mask, factors = (t if t is None else t[:, :, None] for t in (mask, factors))
+
+    def inputs(t):
+        return at(t, h, z) + batch_major_at(t, e, mask, factors)
+
+    steps = size_of(h if z is None else z, 0)
+    return steps_back(options, U, r, a, inputs, steps, valid)
+
+
+def steps_back(options, U, r, a, inputs, size, valid=None):
+    """`size` steps of the backward recursion; `inputs(t)` are the terms of step t."""
+    return scan(
+        adjoint_step(options, U, r),
         a,
-        lambda t: at(t, h, z) + batch_major_at(t, e, mask),
-        size_of(h if z is None else z, 0),
+        inputs,
+        size,
         valid=valid,
         reverse=True,
         unroll=options.unroll,
     )
-    return a, delta
 
 
-def adjoint_step(f, U, r):
-    """One step back. The carry is a_t without its own e_t: what later steps send back."""
-    U_T = tf.transpose(U)
+def adjoint_step(options, U, r):
+    """One step back, from its h_t or z_t, e_t, mask and factor, each of which may be None.
 
-    def step(carry, h, z, e, m):
+    The carry is a_t without its own e_t: what later steps send back.
+    """
+    f, r_max, U_T = options.activation, options.adjoint_clipnorm, tf.transpose(U)
+
+    def step(carry, h, z, e, m, xi):
         a = carry if e is None else e + carry
-        inward = where(m, a)
+        inward = where(m, a if r_max is None else a * clip_scale(a, r_max))
         delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)
         back = tf.matmul(delta, U_T)
         back = back if r is None else r * back
+        back = back if xi is None else xi * back
         return back if m is None else tf.where(m, back, a), delta
 
     return step

@@ -13,6 +13,9 @@ Backward, for t = T ... 1, with e_t = c_t dy_t + [t = T] ds the cotangent of h_t
     dW = sum_t (d x_t)^T delta_t     dU = sum_t (r h_{t-1})^T delta_t     db = sum_t delta_t
     dx_t = d (delta_t W^T)           dh_0 = (1 - m_1) a_1 + r (delta_1 U^T)
 
+Two options change the first of these. Randomised truncation multiplies delta_{t+1} U^T by
+a factor xi_{t+1}; clipping takes s_t a_t for a_t, s_t = min(1, adjoint_clipnorm / |a_t|).
+
 A product with m or c is always a `tf.where`, for masked steps may hold NaN.
 
 Only h and delta are sequential, and they alone are computed step by step, in the two passes
@@ -37,6 +40,7 @@ from keras_bptt.activations import Activation
 from keras_bptt.blocks import blocks_like, blocks_of, cut, in_one_piece, padded, walk
 from keras_bptt.execution import call, within_xla
 from keras_bptt.explicit import Derivation, explicit_first_order
+from keras_bptt.masks import link_factors, processing_order, read_out, visible
 from keras_bptt.passes import (
     backward_pass,
     dropped,
@@ -48,6 +52,8 @@ from keras_bptt.passes import (
 )
 from keras_bptt.scans import States, previous_states, states, sum_of_products
 from keras_bptt.shards import joined, shards_of, split, summed
+from keras_bptt.truncation import Truncation
+from keras_bptt.windows import windows_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +62,8 @@ class Recurrence:
 
     `keep_states` says whether the forward pass is to keep h, where the outputs do not tell
     it, for a backward pass that is likely to come. One that comes nevertheless computes h
-    again. `jit_compile` says whether XLA compiles the two passes.
+    again. `jit_compile` says whether XLA compiles the two passes. `truncation` is for
+    `truncated.py`, which cuts the sequence; here all of it is one piece.
     """
 
     activation: Activation
@@ -66,10 +73,12 @@ class Recurrence:
     unroll: bool | int = False
     keep_states: bool = True
     jit_compile: bool = False
+    truncation: Truncation | None = None
+    adjoint_clipnorm: float | None = None
 
     @property
     def states(self) -> States:
-        return States(self.activation, self.unroll)
+        return States(self.activation, self.unroll, self.adjoint_clipnorm)
 
 
 class Constants(NamedTuple):
@@ -79,11 +88,15 @@ class Constants(NamedTuple):
         mask: bool (batch, timesteps), False at steps to skip.
         d: input dropout factors (batch, features), the same at every step.
         r: recurrent dropout factors (batch, units), the same at every step.
+        factors: (batch, timesteps), in the order of processing: what a gradient is
+            multiplied by where it passes from a step to the one before. Not used where that
+            is h_0, and at masked steps.
     """
 
     mask: tf.Tensor | None = None
     d: tf.Tensor | None = None
     r: tf.Tensor | None = None
+    factors: tf.Tensor | None = None
 
 
 def recurrence(options: Recurrence, constants: Constants, x, W, U, h_0, *b):
@@ -102,6 +115,8 @@ def recurrence(options: Recurrence, constants: Constants, x, W, U, h_0, *b):
         (y, h_T): outputs (batch, timesteps, units) with `return_sequences`, else the last
         one (batch, units); and the last state (batch, units).
     """
+    if constants.factors is not None:
+        constants = constants._replace(factors=link_factors(options, constants))
     derivation = Derivation(forward, backward, composed)
     return explicit_first_order(derivation, options, constants, x, W, U, h_0, *b)
 
@@ -115,7 +130,9 @@ def composed(options, constants, x, W, U, h_0, *b):
         inputs = where(mask[:, :, None], inputs)
         m = tf.transpose(mask)[:, :, None]
     z = project(to_time_major(inputs), W, *b)
-    h = states(options.states, z, U, h_0, m, constants.r)
+    xi = constants.factors
+    xi = None if xi is None else tf.transpose(xi)[:, :, None]
+    h = states(options.states, z, U, h_0, m, constants.r, xi)
     return read_out(options, mask, to_batch_major(h), h[-1])
 
 
@@ -136,13 +153,13 @@ def forward(options, constants, x, W, U, h_0, *b):
 
 def forward_of_shard(options, constants, x, h_0, W, U, *b):
     """Return y, h_T and the pieces of h."""
-    mask, d, r = constants
+    mask, d, r, _ = constants
     x, mask = processing_order(options, x, mask)
     stacked = options.return_sequences or options.keep_states
-    blocks = blocks_of(x, U.shape[0], options.unroll)
+    blocks = blocks_of(x, U.shape[0], options.unroll, stacked)
     if options.return_sequences and not blocks.in_loop:
         # One piece, which need not be copied: z takes no more than y will.
-        blocks = blocks._replace(size=blocks.steps)
+        blocks = blocks.in_one()
     inputs, real = padded(x, blocks), padded(mask, blocks)
 
     def block(start, size, valid, carry):
@@ -159,13 +176,17 @@ def forward_of_shard(options, constants, x, h_0, W, U, *b):
 
 def backward(options, constants, outputs, residuals, cotangents, *arguments):
     """Return the gradients of x, W, U, h_0 and, where there is one, b."""
-    x, W, U, h_0, *b = arguments
     h, y = residuals, None
     if not h and outputs_are_states(options, constants):
         y = outputs[0]
     elif not h:
         again = dataclasses.replace(options, keep_states=True)
         _, h = forward(again, constants, *arguments)
+    return gradients(options, constants, h, y, cotangents, *arguments)
+
+
+def gradients(options, constants, h, y, cotangents, x, W, U, h_0, *b):
+    """`backward`, given the pieces of h for each shard or, without any, h as one `y`."""
     count = len(h) or shards_of(x, U, options.jit_compile)
     shards = split(count, (constants, x, h_0, y, *cotangents))
     parts = [
@@ -177,17 +198,21 @@ def backward(options, constants, outputs, residuals, cotangents, *arguments):
 
 
 def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
-    """`backward`, given the pieces of h or, where it is the same, y."""
-    mask, d, r = constants
+    """`gradients` of a shard. With a truncation its rows are blocks, its loop windows."""
+    mask, d, r, factors = constants
     x, mask = processing_order(options, x, mask)
     seen = visible(options, mask)
     e = dy if options.return_sequences else None
     if e is None:
         ds += dy if seen is None else where(seen[:, -1], dy)
     blocks = blocks_of(x, U.shape[0], options.unroll)
+    backward_pass_of = backward_pass
+    if options.truncation is not None:
+        blocks, backward_pass_of = blocks.in_one(), windows_pass
     if h and len(h) > 1 and not within_xla():
         blocks = blocks_like(h)
-    x, mask, seen, e, y = (padded(t, blocks) for t in (x, mask, seen, e, y))
+    given = (x, mask, seen, e, y, factors)
+    x, mask, seen, e, y, factors = (padded(t, blocks) for t in given)
     h = padded(h, blocks, axis=0)
 
     def states_of(start, size):
@@ -202,7 +227,7 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
 
     def block(start, size, valid, carry):
         a, d_W, d_U, *d_b = carry
-        m, c, e_t = (cut(t, start, size) for t in (mask, seen, e))
+        m, c, e_t, xi = (cut(t, start, size) for t in (mask, seen, e, factors))
         h_t, first = states_of(start, size), state_before(start)
 
         def inputs():
@@ -215,8 +240,9 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
             z = project(inputs(), W, *b)
             z += tf.tensordot(previous_states(h_t, first, r), U, 1)
             z = z if m is None else where(tf.transpose(m)[:, :, None], z)
-        arguments = valid, U, a, h_t if z is None else None, z, where(c, e_t), m, r
-        a, delta = call(backward_pass, options, options.jit_compile, *arguments)
+        h_z = (h_t, None) if z is None else (None, z)
+        arguments = valid, U, a, *h_z, where(c, e_t), m, r, xi
+        a, delta = call(backward_pass_of, options, options.jit_compile, *arguments)
         # First the recurrence, which others wait for; then the products, one after the
         # other, for each has work for all cores.
         with tf.control_dependencies([delta]):
@@ -240,31 +266,3 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
 
 def outputs_are_states(options, constants):
     return options.return_sequences and constants.mask is None
-
-
-def read_out(options, mask, h, last):
-    """Return (y, h_T)."""
-    seen = visible(options, mask)
-    if options.return_sequences:
-        return where(seen, h), last
-    return last if seen is None else where(seen[:, -1], last), last
-
-
-def visible(options, mask):
-    """c_t (batch, timesteps, 1): where the output is the state; elsewhere it is 0.
-
-    The same map takes a cotangent of the outputs back to e_t.
-    """
-    if mask is None or options.zero_output_for_mask:
-        return mask if mask is None else mask[:, :, None]
-    # From the first unmasked step on. Rows without one are 0 throughout.
-    first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)[:, None]
-    steps = tf.range(tf.shape(mask)[1])
-    return ((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))[:, :, None]
-
-
-def processing_order(options, x, mask):
-    """x (batch, timesteps, features) and m (batch, timesteps), first step first."""
-    if options.go_backwards:
-        return tf.reverse(x, [1]), mask if mask is None else tf.reverse(mask, [1])
-    return x, mask

@@ -325,6 +325,9 @@ _AXES = {
     "c": "outputs",
     "y": "batch timesteps outputs",
     "e": "batch timesteps units",
+    "mask": "batch timesteps",
+    "recurrent_dropout": "batch units",
+    "factors": "batch timesteps",
 }
 
 

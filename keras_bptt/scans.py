@@ -16,107 +16,9 @@ import dataclasses
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
-from keras_bptt.execution import run, within_xla
+from keras_bptt.execution import run
 from keras_bptt.explicit import explicit, vjp
-
-# Steps an iteration of a loop that TensorFlow executes operation by operation: what an
-# iteration costs beside its steps is shared by so many. XLA gains nothing by it.
-STEPS_PER_ITERATION = 8
-
-
-def scan(
-    step, carry, inputs, size, *, valid=None, reverse=False, unroll=False, stacked=True
-):
-    """Run `carry, output = step(carry, *inputs(t))` over time; stack the outputs.
-
-    Args:
-        step: the function of one step.
-        carry: tensor (batch, units), the state that goes from step to step.
-        inputs: a function of t = 0 ... size - 1 that returns the tensors of step t; None
-            is passed on as None. Step by step it reads slices of whatever is there, which
-            is quicker than to lay out anew what the loop reads.
-        size: the number of steps, an integer or, where only run time tells, a tensor.
-        valid: how many of them to run, the first so many; the other outputs are 0.
-            None: all.
-        reverse: from the last step to the first. Outputs stand at their step's place.
-        unroll: True: write every step into the graph. An integer: so many steps an
-            iteration of the loop. False: as many as pay.
-        stacked: whether the outputs are wanted.
-
-    Returns:
-        The last carry and the stacked outputs (size, batch, units), or None.
-    """
-    if unroll is True:
-        outputs = [None] * size
-        for t in reversed(range(size)) if reverse else range(size):
-            carry, outputs[t] = step(carry, *inputs(t))
-        if not stacked:
-            return carry, None
-        # Without a step (a single step has no link) there is nothing to stack.
-        return carry, tf.stack(outputs) if outputs else carry[None][:0]
-
-    steps = size if valid is None else valid
-    known = steps if isinstance(steps, int) else None
-
-    def loop(number, i, last, carry, outputs):
-        """As many iterations of `number` steps as there are steps for."""
-
-        def body(i, last, carry, outputs):
-            shape = carry.shape
-            for k in range(number):
-                back = steps - 1 - i - k if valid is None else last - k
-                t = back if reverse else i + k
-                carry, output = step(carry, *inputs(t))
-                outputs = outputs.write(t, output) if stacked else outputs
-            last = () if valid is None else last - number
-            return i + number, last, tf.ensure_shape(carry, shape), outputs
-
-        # A comparison with a constant: XLA then knows the number of iterations.
-        end = steps - steps % number
-        return tf.while_loop(lambda i, *_: i < end, body, (i, last, carry, outputs))
-
-    number = int(unroll) or (1 if within_xla() else STEPS_PER_ITERATION)
-    for most in (known, size):
-        number = max(1, min(number, most)) if isinstance(most, int) else number
-    outputs = 0
-    if stacked:
-        outputs = tf.TensorArray(carry.dtype, size, element_shape=carry.shape)
-    # Not t computed from `valid`: XLA would compile for each of its values.
-    last = () if valid is None else steps - 1
-    state = loop(number, 0, last, carry, outputs)
-    if number > 1 and (known is None or known % number):
-        state = loop(1, *state)
-    _, _, carry, outputs = state
-    if not stacked:
-        return carry, None
-    outputs = stack(outputs, tf.shape(carry))
-    known = size if isinstance(size, int) else None
-    return carry, tf.ensure_shape(outputs, [known, *carry.shape])
-
-
-def at(t, *tensors):
-    """Step t of each tensor (timesteps, batch, ...); None stays None."""
-    return [x if x is None else x[t] for x in tensors]
-
-
-def batch_major_at(t, *tensors):
-    """Step t of each tensor (batch, timesteps, ...); None stays None."""
-    return [x if x is None else x[:, t] for x in tensors]
-
-
-def size_of(x, axis):
-    """A size of `x`, an integer where it is known."""
-    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
-
-
-def stack(array, shape):
-    """The elements of a TensorArray, of the given shape, as one tensor."""
-    if array.element_shape.is_fully_defined():
-        return array.stack()
-    # `array.stack()` of no elements, or of none yet written, needs their static shape.
-    return tf.raw_ops.TensorListStack(
-        input_handle=array.flow, element_shape=shape, element_dtype=array.dtype
-    )
+from keras_bptt.loops import at, scan, size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +27,7 @@ class States:
 
     activation: Activation
     unroll: bool = False
+    adjoint_clipnorm: float | None = None
 
 
 def states_step(options, U, r):
@@ -145,28 +48,34 @@ def states_loop(options, z, U, h_0, mask, r):
     return scan(step, h_0, lambda t: at(t, z, mask), steps, unroll=options.unroll)[1]
 
 
-def states(options: States, z, U, h_0, mask=None, r=None):
+def states(options: States, z, U, h_0, mask=None, r=None, factors=None):
     """h_t = f(z_t + (r * h_{t-1}) U) where m_t, else h_{t-1}: the nonlinear forward scan.
 
     Args:
-        options: activation f, and whether to unroll.
+        options: activation f, whether to unroll, and the norm to which a step's adjoint is
+            clipped, or None.
         z: (timesteps, batch, units), the input's share of the pre-activation.
         U: (units, units), the recurrent kernel.
         h_0: (batch, units), the initial state.
         mask: bool (timesteps, batch, 1), False where the state is to stay, or None.
         r: (batch, units), the recurrent dropout factor, or None. It has no gradient.
+        factors: (timesteps, batch, 1), what a gradient is multiplied by where it passes
+            from step t to h_{t-1}, 1 where that is h_0; or None. They have no gradient, and
+            truncate that of h: it is then not the derivative of the values.
 
     Returns:
         h (timesteps, batch, units). Its gradient, with cotangent e, is
         a = adjoint_scan(e, S=1-m, P=r, Q=m f', M=U^T), delta = m f'(z) a,
-        dz = delta, dU = sum_t (r h_{t-1})^T delta_t, dh_0 = (1-m_1) a_1 + r (delta_1 U^T).
+        dz = delta, dU = sum_t (r h_{t-1})^T delta_t, dh_0 = (1-m_1) a_1 + r (delta_1 U^T);
+        with factors P = r factors_{t+1}, clipped e, S and P times the scale of a_t.
     """
 
     def forward(*args):
         return (run(states_loop, options, *args, mask, r),), ()
 
     def backward(args, outputs, residuals, cotangents):
-        return _states_gradient(options, *args, mask, r, *outputs, *cotangents)
+        known = mask, r, factors
+        return _states_gradient(options, *args, *known, *outputs, *cotangents)
 
     return explicit(forward, backward)(z, U, h_0)[0]
 
@@ -177,28 +86,41 @@ def previous_states(h, h_0, r=None):
     return before if r is None else r * before
 
 
-def _states_gradient(options, z, U, h_0, mask, r, h, e):
-    f = options.activation
+def _states_gradient(options, z, U, h_0, mask, r, factors, h, e):
+    f, most = options.activation, options.adjoint_clipnorm
+    if most is not None:
+        # What clips the gradient of h is a constant in the derivatives of this gradient,
+        # those of h are exact.
+        exact = dataclasses.replace(options, adjoint_clipnorm=None)
+        h = states(exact, z, U, h_0, mask, r, factors)
     zero = tf.zeros_like(z)
     real = tf.ones_like(z, tf.bool)
     real = real if mask is None else mask & real
     before = previous_states(h, h_0, r)
+    if factors is not None:
+        # The same numbers, whose gradient the factors truncate.
+        number = tf.stop_gradient(before)
+        before = number + factors * (before - number)
     # The pre-activation at a masked step may be NaN (padding); it must not reach f'.
     pre = tf.where(real, z + tf.tensordot(before, U, 1), zero)
 
     S = tf.cast(~real[1:], z.dtype)
     P = tf.ones_like(S) if r is None else r + tf.zeros_like(S)
+    P = P if factors is None else factors[1:] * P
     U_T = tf.transpose(U)
     if f.mixes:
         Q = tf.cast(real[1:], z.dtype)
-        link = AdjointScan(reverse=True, activation=f, unroll=options.unroll)
-        a = adjoint_scan(link, e, S, P, Q, U_T, pre[1:])
-        delta = f.vjp(pre, tf.where(real, a, zero))
+        link, points = AdjointScan(True, f, unroll=options.unroll), [pre[1:]]
     else:
         slope = tf.where(real, f.slope(pre, h), zero)
-        link = AdjointScan(reverse=True, unroll=options.unroll)
-        a = adjoint_scan(link, e, S, P, slope[1:], U_T)
-        delta = slope * a
+        Q = slope[1:]
+        link, points = AdjointScan(True, unroll=options.unroll), []
+    if most is not None:
+        numbers = map(tf.stop_gradient, (e, S, P, Q, U_T, real, *points))
+        s = run(clip_loop, (link, most), *numbers)
+        e, S, P = s * e, s[:-1] * S, s[:-1] * P
+    a = adjoint_scan(link, e, S, P, Q, U_T, *points)
+    delta = f.vjp(pre, tf.where(real, a, zero)) if f.mixes else slope * a
     back = tf.matmul(delta[0], U_T)
     d_h_0 = tf.where(real[0], zero[0], a[0]) + (back if r is None else r * back)
     return delta, sum_of_products(before, delta), d_h_0
@@ -253,6 +175,37 @@ def adjoint_loop(options, e, S, P, Q, M, z=None):
         unroll=options.unroll,
     )
     return tf.concat([v, first[None]] if options.reverse else [first[None], v], 0)
+
+
+def clip_loop(options, e, S, P, Q, M, real, z=None):
+    """The scales s_t of the scan v_t = s_t (e_t + S v' + P L(Q v')), from the last step."""
+    link, most = options
+
+    def step(v, e, S, P, Q, real, z):
+        v = e + S * v + P * link.apply(Q * v, M, z)
+        s = tf.where(real, clip_scale(v, most), tf.ones_like(v))
+        return s * v, s
+
+    # A link before the first step, through which nothing comes.
+    S, P, Q = (tf.concat([t, tf.zeros_like(e[:1])], 0) for t in (S, P, Q))
+    z = None if z is None else tf.concat([z, tf.zeros_like(e[:1])], 0)
+    return scan(
+        step,
+        tf.zeros_like(e[0]),
+        lambda t: at(t, e, S, P, Q, real, z),
+        size_of(e, 0),
+        reverse=True,
+        unroll=link.unroll,
+    )[1]
+
+
+def clip_scale(a, most):
+    """min(1, most / |a|), with |a| over the units of an example."""
+    # By its largest number, whose square would not overflow.
+    largest = tf.reduce_max(tf.abs(a), -1, keepdims=True)
+    ratio = tf.math.divide_no_nan(a, largest)
+    norm = largest * tf.norm(ratio, axis=-1, keepdims=True)
+    return tf.where(norm > most, most / norm, tf.ones_like(norm))
 
 
 def adjoint_scan(options: AdjointScan, e, S, P, Q, M, *z):

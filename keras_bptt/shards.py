@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_bptt.blocks import LOOP_SIZE, USUAL_BATCH
 from keras_bptt.execution import cores, within_xla
-from keras_bptt.scans import size_of
+from keras_bptt.loops import size_of
 
 # Measured on two cores. Multiply-adds of a step above which XLA itself shares the product.
 SHARED_PRODUCT = 2**23

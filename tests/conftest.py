@@ -5,13 +5,13 @@ import pytest
 from helpers import MODES
 
 import keras_bptt.blocks
-import keras_bptt.scans
+import keras_bptt.loops
 
 # So that a few steps are some blocks, or some and a shorter one, and some iterations.
 keras_bptt.blocks.NUMBERS = 1
 keras_bptt.blocks.FEWEST_STEPS = 3
 keras_bptt.blocks.COMPILED_SIZE = keras_bptt.blocks.LOOP_SIZE = 4
-keras_bptt.scans.STEPS_PER_ITERATION = 2
+keras_bptt.loops.STEPS_PER_ITERATION = 2
 
 
 def pytest_configure(config):

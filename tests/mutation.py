@@ -9,9 +9,12 @@ from unittest import mock
 import pytest
 import tensorflow as tf
 
+import keras_bptt
+
 # Lower modules first: each is executed again, on top of the copies before it.
 MODULES = tuple(
-    "execution explicit activations scans passes blocks shards recurrence".split()
+    "execution explicit activations loops scans passes masks blocks shards windows "
+    "recurrence truncated".split()
 )
 
 
@@ -22,7 +25,8 @@ def copy_of_modules(broken=None, old=None, new=None):
     the code changes: adapt the list of mutations then.
     """
     copies = types.SimpleNamespace()
-    with mock.patch.dict(sys.modules):
+    # A module finds another in `sys.modules` or, imported as a whole, in the package.
+    with mock.patch.dict(sys.modules), mock.patch.dict(vars(keras_bptt)):
         for name in MODULES:
             full = f"keras_bptt.{name}"
             source = inspect.getsource(importlib.import_module(full))
@@ -32,6 +36,7 @@ def copy_of_modules(broken=None, old=None, new=None):
             sys.modules[full] = copy = types.ModuleType(full)
             exec(compile(source, f"<copy of {full}>", "exec"), copy.__dict__)
             setattr(copies, name, copy)
+            setattr(keras_bptt, name, copy)
     return copies
 
 

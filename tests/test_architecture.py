@@ -15,9 +15,9 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 
 # A module imports those of lower rank, and those before it in its own.
 RANKS = [
-    ["reference"],
-    ["execution", "explicit", "activations", "scans"],
-    ["passes", "blocks", "shards", "recurrence"],
+    ["reference", "truncated_reference", "truncation"],
+    ["execution", "explicit", "activations", "loops", "scans"],
+    ["passes", "masks", "blocks", "shards", "windows", "recurrence", "truncated"],
     ["layers"],
     ["__init__"],
 ]
@@ -72,6 +72,15 @@ def test_the_reference_stands_alone():
     allowed = {"numpy", "collections", "dataclasses", "typing", "__future__"}
     roots = {name.split(".")[0] for name in imports(MODULES["reference"])}
     assert roots <= allowed
+    roots = {name.split(".")[0] for name in imports(MODULES["truncated_reference"])}
+    assert roots <= allowed | {"keras_bptt", "numbers"}
+    assert own_imports(MODULES["truncated_reference"]) == {"reference"}
+
+
+def test_policies_need_no_tensorflow():
+    names = imports(MODULES["truncation"])
+    assert not {name for name in names if name.split(".")[0] == "tensorflow"}
+    assert not own_imports(MODULES["truncation"])
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -1,6 +1,7 @@
 """Every error says what was passed, what is allowed and what to do."""
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import tensorflow as tf
 from helpers import B, D, H, T, random_inputs
 
-from keras_bptt import BPTTRNN
+from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
 
 
 def inputs(*shape):
@@ -266,6 +267,72 @@ def test_activation_is_checked_where_a_graph_is_built(symbolic):
             layer(keras.Input((T, D)))
         else:
             tf.function(layer)(inputs())
+
+
+# --- Truncation and clipping
+
+
+@pytest.mark.parametrize(
+    "truncation", [0, -1, 2.0, True, False, "10", [3], {"steps": 3}], ids=repr
+)
+def test_truncation(truncation):
+    received = re.escape(f"Received: truncation={truncation!r}")
+    with pytest.raises(
+        ValueError, match=f"positive integer, a Truncation.*{received}.*Pass k"
+    ):
+        BPTTRNN(H, truncation=truncation)
+
+
+def test_stride_longer_than_the_window():
+    with pytest.raises(ValueError, match="Received: stride=4, steps=3.*raise `steps`"):
+        BPTTRNN(H, truncation=Truncation(3, 4))
+
+
+@pytest.mark.parametrize("mean_steps", [1, 0, -2, np.inf, np.nan, True, "3"], ids=repr)
+def test_mean_steps(mean_steps):
+    received = re.escape(f"Received: mean_steps={mean_steps!r}")
+    with pytest.raises(
+        ValueError, match=f"greater than 1.*{received}.*use truncation="
+    ):
+        BPTTRNN(H, truncation=RandomizedTruncation(mean_steps))
+
+
+@pytest.mark.parametrize("clip", [0, -1, 0.0, "1", np.inf, np.nan, True, [1]], ids=repr)
+def test_adjoint_clipnorm(clip):
+    received = re.escape(f"Received: adjoint_clipnorm={clip!r}")
+    with pytest.raises(ValueError, match=f"positive finite number.*{received}.*None"):
+        BPTTRNN(H, adjoint_clipnorm=clip)
+
+
+@pytest.mark.parametrize("clip", [2, np.float32(2), np.int64(2)], ids=repr)
+def test_adjoint_clipnorm_may_be_any_number(clip):
+    layer = BPTTRNN(H, adjoint_clipnorm=clip)
+    assert layer.adjoint_clipnorm == 2.0 and type(layer.adjoint_clipnorm) is float
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+def test_adjoint_clipnorm_in_float16(dtype):
+    with pytest.raises(ValueError, match="wider range.*float16.*'mixed_bfloat16'"):
+        BPTTRNN(H, adjoint_clipnorm=1.0, dtype=dtype)
+    BPTTRNN(H, adjoint_clipnorm=1.0, dtype="mixed_bfloat16")
+
+
+def test_adjoint_clipnorm_in_a_global_float16():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        with pytest.raises(ValueError, match="wider range"):
+            BPTTRNN(H, adjoint_clipnorm=1.0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_arguments_are_keywords():
+    """Behind those of SimpleRNN, whose places they must not take."""
+    places = [*inspect.signature(keras.layers.SimpleRNN.__init__).parameters]
+    ours = inspect.signature(BPTTRNN.__init__).parameters
+    assert ours["truncation"].kind is ours["adjoint_clipnorm"].kind
+    assert ours["truncation"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert "truncation" not in places
 
 
 # --- Backend

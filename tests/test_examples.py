@@ -1,6 +1,7 @@
-"""Every example runs in its short form, and the language model's parts are right."""
+"""Every example runs in its short form, and the parts of each are right."""
 
 import importlib.util
+import itertools
 import math
 import os
 import pathlib
@@ -23,6 +24,20 @@ KEY_LINES = {
         "character_language_model.keras: largest difference",
         "character_language_model, without keras_bptt: largest difference",
     ],
+    "memory_span.py": [
+        "1 is the error of the best constant",
+        "sliding         5",
+        "chunks          5",
+        "randomised      5",
+        "sliding windows, k <= lag / 2: at least",
+        "memory_span.json",
+    ],
+    "streaming.py": [
+        "The best with memory of 8 steps",
+        "fit, 24 steps",
+        "TBPTT(4, 12)",
+        "streaming.json",
+    ],
 }
 
 
@@ -44,6 +59,8 @@ def test_example_runs(name, tmp_path):
     assert finished.returncode == 0, finished.stderr
     for line in KEY_LINES[name]:
         assert line in finished.stdout
+    if name != "character_language_model.py":
+        return
     # Both layers have the same gradient: one short epoch leaves the same score.
     scores = {
         columns[0]: float(columns[1])
@@ -53,14 +70,28 @@ def test_example_runs(name, tmp_path):
     assert scores["BPTTRNN"] == pytest.approx(scores["SimpleRNN"], abs=0.01)
 
 
-@pytest.fixture(scope="module")
-def demo():
-    """The language model's script as a module."""
-    path = EXAMPLES / "character_language_model.py"
+def load(name):
+    """An example's script as a module."""
+    path = EXAMPLES / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("character_language_model.py")
+
+
+@pytest.fixture(scope="module")
+def memory_span():
+    return load("memory_span.py")
+
+
+@pytest.fixture(scope="module")
+def streaming():
+    return load("streaming.py")
 
 
 def test_text_repeats_no_paragraph(demo):
@@ -121,3 +152,92 @@ def test_saved_model_that_predicts_otherwise_is_an_error(demo, monkeypatch, tmp_
     characters = np.arange(12, dtype="int32").reshape(2, 6) % 5
     with pytest.raises(SystemExit, match="does not predict the same"):
         demo.save_and_reload(model, characters, tmp_path)
+
+
+def arguments_of(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["example.py", *arguments])
+    return module.parse_arguments()
+
+
+def test_memory_span_of_a_short_lag(memory_span, monkeypatch, tmp_path):
+    args = arguments_of(
+        memory_span,
+        monkeypatch,
+        *"--lag 8 --features 8 --units 24 --output-dir".split(),
+        str(tmp_path),
+    )
+    full, _ = memory_span.train(None, 0, args)
+    short, _ = memory_span.train(memory_span.Truncation(4, stride=1), 0, args)
+    enough, _ = memory_span.train(memory_span.Truncation(9, stride=1), 0, args)
+    assert full < 0.05
+    assert enough < full + 0.05
+    assert short > 0.7
+
+
+def test_targets_are_the_first_feature_a_lag_ago(memory_span, monkeypatch, tmp_path):
+    args = arguments_of(memory_span, monkeypatch, "--output-dir", str(tmp_path))
+    x, y = memory_span.sequences(np.random.default_rng(0), 2, args)
+    assert x.shape == (2, 60, 16) and y.shape == (2, 30, 1)
+    np.testing.assert_array_equal(y[:, 7, 0], x[:, 7, 0])
+    # The model drops as many outputs before the first that is reported, of step 31.
+    model = memory_span.build_model(None, args)
+    moved = x.copy()
+    moved[:, 31:] += 1
+    difference = np.abs(model(moved) - model(x)).max(axis=(0, 2))
+    assert difference[0] == 0 and (difference[1:] > 0).all()
+
+
+def test_stream_goes_on_from_chunk_to_chunk(streaming):
+    chunks = itertools.islice(streaming.stream(0, 3, 5), 400)
+    x, y = (np.concatenate(t, axis=1)[..., 0] for t in zip(*chunks, strict=True))
+    near, far = x[:, 5:-3], x[:, :-8]
+    for a, b in itertools.product([0, 1], repeat=2):
+        share = y[:, 8:][(near == a) & (far == b)].mean()
+        assert share == pytest.approx(streaming.chances(a, b), abs=0.05)
+    assert (y[:, 8:][(near == 1) & (far == 0)] == 1).all()
+
+
+def test_baselines_of_the_stream(streaming):
+    def entropy(p):
+        return -sum(q * math.log(q) for q in (p, 1 - p) if q)
+
+    neither, near, both = streaming.baselines().values()
+    assert neither == pytest.approx(entropy(0.625), abs=1e-6)
+    assert near == pytest.approx((entropy(0.375) + entropy(0.875)) / 2, abs=1e-6)
+    assert both == pytest.approx(
+        (entropy(0.5) + entropy(0.25) + entropy(0.75)) / 4, abs=1e-6
+    )
+
+
+def test_streams_are_learned(streaming, monkeypatch, tmp_path):
+    args = arguments_of(
+        streaming,
+        monkeypatch,
+        *"--updates 400 --learning-rate 0.01 --output-dir".split(),
+        str(tmp_path),
+    )
+    _, near, both = streaming.baselines().values()
+    streaming.keras.utils.set_random_seed(0)
+    for losses in streaming.chunk_by_chunk(args), streaming.tbptt(4, 12, args):
+        assert both < losses[-1] + 0.02 and losses[-1] < min(near, losses[0])
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("memory_span.py", ["--lag", "3"], "--lag must be at least 4"),
+        ("memory_span.py", ["--timesteps", "30"], "--timesteps longer. Received"),
+        ("memory_span.py", ["--seeds", "0"], "--seeds must be a positive number"),
+        ("streaming.py", ["--k1", "13"], "--k1 must be at most --k2. Received: 13, 12"),
+        ("streaming.py", ["--updates", "15"], "--updates must be in tens"),
+        ("streaming.py", ["--seed=-1"], "--seed must be in 0 ... 2**32 - 1"),
+        ("streaming.py", ["--output-dir", __file__], "--output-dir must be a folder"),
+    ],
+)
+def test_bad_argument_of_the_others_is_named(
+    name, arguments, message, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        arguments_of(load(name), monkeypatch, *arguments)
+    assert message in capsys.readouterr().err

@@ -273,7 +273,7 @@ def tensors_alive():
     return sum(isinstance(thing, tf.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), 2])
 @MEMORY
 def test_memory_is_given_back(form, order):
     """Calls, and gradients of gradients, leave no tensor behind."""

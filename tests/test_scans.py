@@ -380,8 +380,8 @@ MUTATIONS = [
     (
         "slope of the step before",
         "scans",
-        "slope[1:], U_T",
-        "slope[:-1], U_T",
+        "Q = slope[1:]",
+        "Q = slope[:-1]",
     ),
     (
         "slope at masked steps",
@@ -392,8 +392,8 @@ MUTATIONS = [
     (
         "Jacobian of the step before",
         "scans",
-        "U_T, pre[1:]",
-        "U_T, pre[:-1]",
+        "[pre[1:]]",
+        "[pre[:-1]]",
     ),
     (
         "Jacobian at the input's share",
@@ -407,7 +407,7 @@ MUTATIONS = [
         "f.vjp(pre, tf.where(real, a, zero))",
         "f.vjp(pre, a)",
     ),
-    ("delta without slope", "scans", "delta = slope * a", "delta = a"),
+    ("delta without slope", "scans", "else slope * a", "else a"),
     (
         "dh_0 without r",
         "scans",

@@ -1,0 +1,71 @@
+"""What a mask and the order of processing mean for inputs, outputs and counts of steps.
+
+A mask m_t is bool (batch, timesteps), False at steps to skip. `options` are those of the
+recurrence.
+"""
+
+import tensorflow as tf
+
+from keras_bptt.passes import where
+
+
+def processing_order(options, x, mask):
+    """x (batch, timesteps, features) and m (batch, timesteps), first step first."""
+    if options.go_backwards:
+        return tf.reverse(x, [1]), mask if mask is None else tf.reverse(mask, [1])
+    return x, mask
+
+
+def read_out(options, mask, h, last):
+    """Return (y, h_T)."""
+    seen = visible(options, mask)
+    if options.return_sequences:
+        return where(seen, h), last
+    return last if seen is None else where(seen[:, -1], last), last
+
+
+def visible(options, mask):
+    """c_t (batch, timesteps, 1): where the output is the state; elsewhere it is 0.
+
+    The same map takes a cotangent of the outputs back to e_t.
+    """
+    if mask is None or options.zero_output_for_mask:
+        return mask if mask is None else mask[:, :, None]
+    # From the first unmasked step on. Rows without one are 0 throughout.
+    first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)[:, None]
+    steps = tf.range(tf.shape(mask)[1])
+    return ((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))[:, :, None]
+
+
+def link_factors(options, constants):
+    """The factors, 1 where a link comes from h_0: at the first unmasked step."""
+    xi, mask = constants.factors, constants.mask
+    if mask is None:
+        return tf.concat([tf.ones_like(xi[:, :1]), xi[:, 1:]], 1)
+    mask = tf.reverse(mask, [1]) if options.go_backwards else mask
+    return tf.where(mask & (real_steps_up_to(mask) == 1), tf.ones_like(xi), xi)
+
+
+def real_steps_up_to(mask):
+    """How many unmasked steps there are up to each one."""
+    return tf.cumsum(tf.cast(mask, tf.int32), 1)
+
+
+def masked_steps(mask):
+    """How many masked steps an example has: (batch, 1), or 0 without a mask."""
+    if mask is None:
+        return 0
+    return tf.reduce_sum(tf.cast(~mask, tf.int32), 1, keepdims=True)
+
+
+def packing(mask):
+    """The order in which an example's masked steps come first, then its unmasked ones."""
+    return tf.argsort(tf.cast(mask, tf.int32), 1, stable=True)
+
+
+def unpacking(mask):
+    """For each step the place of the last unmasked one up to it, in packed order.
+
+    Before the first one, where there is none, it is any place.
+    """
+    return tf.maximum(masked_steps(mask) + real_steps_up_to(mask) - 1, 0)

@@ -1,0 +1,174 @@
+"""The recurrence with a truncated gradient: windows of it instead of the whole.
+
+The outputs are those of the recurrence. Of the gradient those paths are kept that
+`truncation.Truncation` states: time is cut into blocks of k1 = stride steps from its end,
+and for the losses of a block the recurrence begins k2 = steps steps before the block's end,
+at a state that is a constant.
+
+* Where the last output alone is asked for there is one window: the recurrence over the last
+  k2 steps, from a state that another one computed without a gradient. Nothing that grows
+  with the number of steps is kept.
+* For a sequence the backward pass is that of the recurrence, but that `windows.py` takes
+  the place of the loop over all steps.
+
+Steps are counted in unmasked ones. So an example is packed first: its masked steps, then
+its real ones, which then end where the sequence ends.
+
+Derivatives of higher order are those of the recurrence over all windows. They hold a copy
+of every window, k2 / k1 times the sequence.
+"""
+
+import dataclasses
+
+import tensorflow as tf
+
+from keras_bptt import recurrence as full
+from keras_bptt.explicit import Derivation, explicit_first_order
+from keras_bptt.loops import size_of
+from keras_bptt.masks import (
+    masked_steps,
+    packing,
+    processing_order,
+    read_out,
+    unpacking,
+    visible,
+)
+from keras_bptt.recurrence import Constants
+from keras_bptt.windows import at_most, filled_up
+
+
+def truncated_recurrence(options, constants, x, W, U, h_0, *b):
+    """`recurrence.recurrence`, its gradient truncated by `options.truncation`, if any."""
+    mask = constants.mask
+    if mask is not None:
+        x = tf.ensure_shape(x, [None, mask.shape[1], None])
+    if options.truncation is None or at_most(size_of(x, 1), options.truncation.steps):
+        return full.recurrence(_whole(options), constants, x, W, U, h_0, *b)
+    x, mask = processing_order(options, x, mask)
+    asked = options
+    options = dataclasses.replace(
+        options, go_backwards=False, zero_output_for_mask=False
+    )
+    if mask is not None:
+        x, packed = (_gathered(options, t, packing(mask)) for t in (x, mask))
+        constants = constants._replace(mask=packed)
+    arguments = options, constants, x, W, U, h_0, *b
+    if not options.return_sequences:
+        _, last = last_window(*arguments)
+        return read_out(asked, mask, None, last)
+    derivation = Derivation(forward, backward, composed)
+    y, last = explicit_first_order(derivation, *arguments)
+    if mask is not None:
+        y = _gathered(options, y, unpacking(mask))
+    return read_out(asked, mask, y, last)
+
+
+def last_window(options, constants, x, W, U, h_0, *b):
+    """The recurrence over all steps, whose gradient is that of the last window alone."""
+    cut = size_of(x, 1) - options.truncation.steps
+    end = cut
+    if not isinstance(cut, int):
+        # One step at least, for XLA cannot walk none. Where there is none it is not used.
+        cut, end = tf.maximum(cut, 0), tf.maximum(cut, 1)
+    mask, before, window = constants.mask, constants, constants
+    # No real step lies before the window: it begins at h_0.
+    at_h_0 = cut == 0
+    if mask is not None:
+        before = constants._replace(mask=mask[:, :end])
+        window = constants._replace(mask=mask[:, cut:])
+        at_h_0 = masked_steps(mask) >= cut
+    numbers = map(tf.stop_gradient, (x[:, :end], W, U, h_0, *b))
+    unkept = dataclasses.replace(_whole(options), keep_states=False)
+    _, state = full.recurrence(unkept, before, *numbers)
+    start = tf.where(at_h_0, h_0, tf.stop_gradient(state))
+    return full.recurrence(_whole(options), window, x[:, cut:], W, U, start, *b)
+
+
+def forward(options, constants, x, W, U, h_0, *b):
+    """Return the outputs. They tell the states: nothing else is kept."""
+    options = dataclasses.replace(_whole(options), keep_states=False)
+    return full.forward(options, constants, x, W, U, h_0, *b)
+
+
+def backward(options, constants, outputs, residuals, cotangents, *arguments):
+    """Return the gradients of x, W, U, h_0 and, where there is one, b."""
+    del residuals
+    x, _, _, h_0, *_ = arguments
+    h = states_of(options, constants.mask, outputs[0], h_0)
+
+    def gradients(options):
+        return full.gradients(options, constants, (), h, cotangents, *arguments)
+
+    steps = size_of(x, 1)
+    if isinstance(steps, int):
+        return gradients(options)
+    # Where one window holds all: full backpropagation, by the same program. In windows, XLA
+    # would compile for every number of steps.
+    return tf.cond(
+        steps <= options.truncation.steps,
+        lambda: gradients(_whole(options)),
+        lambda: gradients(dataclasses.replace(options, jit_compile=False)),
+    )
+
+
+def composed(options, constants, x, W, U, h_0, *b):
+    """The recurrence over all windows, made of differentiable operations."""
+    policy, units = options.truncation, U.shape[0]
+    mask, d, r, _ = constants
+    steps = size_of(x, 1)
+    n = (steps + policy.stride - 1) // policy.stride
+    # The window of the first block begins so many steps before the sequence.
+    missing = n * policy.stride - steps + policy.steps - policy.stride
+    h = full.composed(
+        _whole(options), constants, *map(tf.stop_gradient, (x, W, U, h_0, *b))
+    )
+    h = tf.stop_gradient(filled_up(states_of(options, mask, h[0], h_0), missing))
+    mask = tf.ones(tf.shape(x)[:2], tf.bool) if mask is None else mask
+    x, mask = filled_up(x, missing), filled_up(mask, missing)
+    first = tf.range(n) * policy.stride
+
+    def windows(t):
+        t = tf.gather(t, first[:, None] + tf.range(policy.steps), axis=1)
+        return tf.reshape(t, [-1, policy.steps, *t.shape[3:]])
+
+    at_h_0 = first <= masked_steps(mask)
+    starts = tf.gather(h, tf.maximum(first - 1, 0), axis=1)
+    starts = tf.where(at_h_0[..., None], h_0[:, None], starts)
+    each = Constants(windows(mask), _repeated(d, n), _repeated(r, n))
+    starts = tf.reshape(starts, [-1, units])
+    y, last = full.composed(_whole(options), each, windows(x), W, U, starts, *b)
+    y = tf.reshape(y, [-1, n, policy.steps, units])
+    last = tf.reshape(last, [-1, n, units])[:, -1]
+    of_blocks = tf.reshape(y[:, :, -policy.stride :], [-1, n * policy.stride, units])
+    of_blocks = of_blocks[:, n * policy.stride - steps :]
+    if options.adjoint_clipnorm is None:
+        return of_blocks, last
+    # As in `windows.py`: an example that one window holds has all its losses there.
+    whole = masked_steps(mask) - missing >= steps - policy.steps
+    fill = steps - policy.steps
+    fill = fill if isinstance(fill, int) else tf.maximum(fill, 0)
+    of_last = filled_up(y[:, -1], fill)[:, -steps:]
+    return tf.where(whole[..., None], of_last, of_blocks), last
+
+
+def states_of(options, mask, y, h_0):
+    """h, from the outputs: what they hide before the first real step is h_0."""
+    return y if mask is None else tf.where(visible(options, mask), y, h_0[:, None])
+
+
+def _gathered(options, t, places):
+    """The steps of `t` at these places; as they are where one window holds all of them."""
+    steps = size_of(t, 1)
+    if not isinstance(steps, int):
+        places = tf.where(steps <= options.truncation.steps, tf.range(steps), places)
+    return tf.gather(t, places, batch_dims=1)
+
+
+def _repeated(t, n):
+    """(batch, ...) for each of n blocks."""
+    return None if t is None else tf.repeat(t, n, axis=0)
+
+
+def _whole(options):
+    """The options without a truncation: the recurrence over all that it is given."""
+    return dataclasses.replace(options, truncation=None)
