@@ -28,7 +28,11 @@ def peak(name, sequences, timesteps):
     from contestants import CONTESTANTS, Case, problem
 
     case = Case(BATCH, timesteps, FEATURES, UNITS, sequences=sequences)
-    step = CONTESTANTS[name](case, problem(case))
+    return peak_of_steps(CONTESTANTS[name](case, problem(case)))
+
+
+def peak_of_steps(step):
+    """Megabytes at the peak of this process during some calls of `step`."""
     # Making the numbers took more than they need: the peak counts from here.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for _ in range(STEPS):
@@ -38,8 +42,9 @@ def peak(name, sequences, timesteps):
     return int(line.split()[1]) / 1024
 
 
-def peak_of_a_process(*arguments):
-    command = [sys.executable, __file__, "--one", json.dumps(arguments)]
+def peak_of_a_process(*arguments, script=__file__):
+    """What `script --one arguments` prints last."""
+    command = [sys.executable, script, "--one", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{arguments} failed:\n{done.stderr[-2000:]}")

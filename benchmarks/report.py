@@ -22,6 +22,7 @@ import fit_and_predict
 import memory
 import scaling
 import training_step
+import truncation
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -53,6 +54,18 @@ def break_evens(quick):
     return compilation.break_even(0 if quick else 1, cases)
 
 
+def truncated_steps(quick):
+    return truncation.speed(0 if quick else 8, truncation.CASES[: 1 if quick else None])
+
+
+def truncated_backward(quick):
+    return truncation.backward(0 if quick else 8)
+
+
+def truncated_memory(quick):
+    return truncation.memories([256], 16, 1) if quick else truncation.memories()
+
+
 # What runs, how its table is written, how its plot is drawn.
 BENCHMARKS = {
     "training_step": (training_steps, training_step.table, training_step.plot),
@@ -61,6 +74,9 @@ BENCHMARKS = {
     "break_even": (break_evens, compilation.table_of_break_even, None),
     "memory": (memories, memory.table, memory.plot),
     "scaling": (scalings, None, scaling.plot),
+    "truncation": (truncated_steps, truncation.table_of_speed, None),
+    "truncated_backward": (truncated_backward, truncation.table_of_backward, None),
+    "truncated_memory": (truncated_memory, truncation.table_of_memory, None),
 }
 
 
