@@ -113,3 +113,16 @@ def test_wrong_shapes(text):
 
     with pytest.raises(argparse.ArgumentTypeError, match="B,T,D,H"):
         training_step.parse_shape(text)
+
+
+def test_rows_of_truncation():
+    import contestants
+    import truncation
+
+    case = contestants.Case(*SMALL)
+    (result,) = results = truncation.speed(0, [(case, 4)])
+    assert set(result["ms"]) == {*truncation.policies(4), "forward"}
+    assert str(SMALL) in truncation.table_of_speed(results).splitlines()[-1]
+    rows = truncation.backward(0, (case, 4))
+    assert [row["jit_compile"] for row in rows] == ["auto", False]
+    assert "| 4 |" in truncation.table_of_backward(rows)
