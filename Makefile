@@ -22,12 +22,16 @@ help:  ## List the commands
 demo: $(VENV)/.installed  ## Train, compare, sample and save a language model (minutes)
 	$(BIN)/python examples/character_language_model.py
 
+# File by file in two processes: most of a test's time is TensorFlow tracing a graph, on
+# one core.
+IN_TWO := --numprocesses 2 --dist loadfile
+
 test: $(VENV)/.installed-test  ## Run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(IN_TWO)
 
 # pytest ends with status 5 where it collects no test, which is no failure here.
 test-slow: $(VENV)/.installed-test  ## Run the tests that take long
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m slow $(IN_TWO) || [ $$? -eq 5 ]
 
 doctest: $(VENV)/.installed-test  ## Run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules keras_bptt || [ $$? -eq 5 ]
