@@ -282,7 +282,8 @@ def test_the_number_of_steps_is_no_constant_of_a_compiled_pass(backward):
     @tf.function(jit_compile=True)
     def call(valid, U, state, z, h):
         if backward:
-            return backward_pass(options, valid, U, state, h, None, z, None, None)
+            known = h, None, z, None, None, None
+            return backward_pass(options, valid, U, state, *known)
         return forward_pass((options, True), valid, U, state, z, None, None)
 
     shapes = [(), (H, H), (B, H), (B, T, H), (T, B, H)]
