@@ -198,7 +198,7 @@ def gradients(options, constants, h, y, cotangents, x, W, U, h_0, *b):
 
 
 def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
-    """`gradients` of a shard. With a truncation its rows are blocks, its loop windows."""
+    """`gradients` of a shard. With a truncation the pass is that over all windows."""
     mask, d, r, factors = constants
     x, mask = processing_order(options, x, mask)
     seen = visible(options, mask)
@@ -206,9 +206,9 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
     if e is None:
         ds += dy if seen is None else where(seen[:, -1], dy)
     blocks = blocks_of(x, U.shape[0], options.unroll)
-    backward_pass_of = backward_pass
+    run_back = backward_pass
     if options.truncation is not None:
-        blocks, backward_pass_of = blocks.in_one(), windows_pass
+        blocks, run_back = blocks.in_one(), windows_pass
     if h and len(h) > 1 and not within_xla():
         blocks = blocks_like(h)
     given = (x, mask, seen, e, y, factors)
@@ -242,7 +242,7 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, h, W, U, *b):
             z = z if m is None else where(tf.transpose(m)[:, :, None], z)
         h_z = (h_t, None) if z is None else (None, z)
         arguments = valid, U, a, *h_z, where(c, e_t), m, r, xi
-        a, delta = call(backward_pass_of, options, options.jit_compile, *arguments)
+        a, delta = call(run_back, options, options.jit_compile, *arguments)
         # First the recurrence, which others wait for; then the products, one after the
         # other, for each has work for all cores.
         with tf.control_dependencies([delta]):

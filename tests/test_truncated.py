@@ -18,6 +18,7 @@ from mutation import assert_caught, copy_of_modules, without_graphs
 
 import keras_bptt.activations
 import keras_bptt.recurrence
+import keras_bptt.shards
 import keras_bptt.truncated
 from keras_bptt import truncated_reference
 from keras_bptt.truncation import Truncation
@@ -263,6 +264,47 @@ def test_clipped(mask, mode):
     assert_equal(got, want)
     free = expected(problem, (None, None), mask)
     assert relative_error(got[1], free[1]) > 0.01, "nothing was clipped"
+
+
+@pytest.mark.parametrize("mask", ["no mask", "holes"])
+@pytest.mark.parametrize("window", [None, (4, 4), (5, 2)])
+def test_parts_of_the_batch(monkeypatch, window, mask):
+    """As large batches are computed on two cores; the factors of a draw are cut too."""
+    monkeypatch.setattr(keras_bptt.shards, "cores", lambda: 2)
+    monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
+    monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
+    mask, factors = MASKS[mask], rng(7).choice([0.0, 1.25], size=(B, T))
+    problem = arrays(mask)
+    constants = {"mask": None if mask is None else tf.constant(mask)}
+    options = {}
+    if window is None:
+        constants["factors"], options = tf.constant(factors), {"factors": factors}
+    calls = []
+    original = keras_bptt.recurrence.backward_of_shard
+    monkeypatch.setattr(
+        keras_bptt.recurrence,
+        "backward_of_shard",
+        lambda *args: calls.append(args) or original(*args),
+    )
+    function = function_of(
+        window, constants=constants, return_sequences=True, jit_compile=True
+    )
+    got, _ = gradients(function, problem, "graph")
+    assert len(calls) == 2
+    assert_equal(got, expected(problem, window or (None, None), mask, **options))
+
+
+@pytest.mark.parametrize("mask", ["no mask", "holes"])
+def test_factors_of_an_unknown_number_of_steps(mask):
+    mask, factors = MASKS[mask], rng(7).choice([0.0, 1.25], size=(B, T))
+    constants = {
+        "mask": None if mask is None else tf.constant(mask),
+        "factors": tf.constant(factors),
+    }
+    problem = arrays(mask)
+    function = function_of(None, constants=constants, return_sequences=True)
+    got, _ = gradients(function, problem, unknown=True)
+    assert_equal(got, expected(problem, (None, None), mask, factors=factors))
 
 
 # ------------------------------------------------------- against automatic differentiation
