@@ -12,8 +12,11 @@ stacked step by step is time-major, (timesteps, batch, ...). How time is cut:
 * Where there are very many and nothing is kept of them, in the same loop.
 * Where XLA compiles the whole, in the same loop: a program of a few blocks would take it
   a few times as long to compile.
+
+With checkpoints a block is what lies between two of them.
 """
 
+import math
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -39,12 +42,12 @@ class Blocks(NamedTuple):
 
     Attributes:
         steps: the number of steps, an integer or a tensor.
-        size: of a block, an integer; or `steps`, where they are one block.
+        size: of a block; or `steps`, where they are one block.
         in_loop: whether the walk is a loop in the graph, not one in Python.
     """
 
     steps: int | tf.Tensor
-    size: int
+    size: int | tf.Tensor
     in_loop: bool
 
     @property
@@ -87,6 +90,27 @@ def blocks_of(x, units, unroll, kept=True):
     return Blocks(steps, size or -(-steps // max(count, 1)), False)
 
 
+def checkpoint_blocks(x, every, unroll):
+    """The steps of `x` (batch, timesteps, features) between checkpoints.
+
+    Args:
+        every: how many steps, or "sqrt": the root of their number, rounded up. Where that
+            number is not known, to the next power of two, for XLA compiles a block for each
+            size that comes.
+        unroll: as True every step is written into the graph.
+    """
+    steps = size_of(x, 1)
+    if not isinstance(steps, int):
+        if every == "sqrt":
+            sizes = tf.constant([2**i for i in range(16)])
+            every = tf.reduce_min(tf.where(sizes**2 >= steps, sizes, 2**16))
+        return Blocks(steps, every, True)
+    size = math.isqrt(steps - 1) + 1 if every == "sqrt" else min(every, steps)
+    count = -(-steps // size)
+    in_loop = count > (1 if within_xla() else MOST) and unroll is not True
+    return Blocks(steps, size, in_loop)
+
+
 def blocks_like(pieces):
     """Blocks that are the pieces: where the other pass knew more, or less, of the sizes."""
     sizes = [piece.shape[0] for piece in pieces]
@@ -99,59 +123,72 @@ def divisor(steps, count):
     return next((steps // n for n in counts if steps % n == 0), None)
 
 
-def walk(block, carry, blocks, width, *, reverse=False):
-    """Run `carry, output = block(start, size, valid, carry)` over time.
+def walk(block, carry, blocks, widths, *, reverse=False, starts=False):
+    """Run `carry, outputs = block(start, size, valid, carry)` over time.
 
     Args:
         block: the function of steps start ... start + size - 1, of which the first `valid`
             count; None: all do.
-        carry: tuple of tensors, what goes from block to block.
+        carry: what goes from block to block, a tuple or more of tensors.
         blocks: how time is cut.
-        width: the outputs of a block are (size, batch, width). None: there are none.
+        widths: for each output of a block, (size, batch, width), its width.
         reverse: from the last block to the first. Outputs stand at their steps' places.
+        starts: whether to keep the first tensor of the carry as it is before each block.
 
     Returns:
-        The last carry, and the outputs: consecutive pieces (..., batch, width), those of
-        the steps alone. From a loop it is one piece.
+        The last carry; for each output consecutive pieces (..., batch, width), those of the
+        steps alone, from a loop one piece; and the starts (blocks, ...), or None.
     """
-    steps, size, count = blocks.steps, blocks.size, blocks.count
     if not blocks.in_loop:
-        pieces, before = [None] * count, ()
-        for j in reversed(range(count)) if reverse else range(count):
-            start = j * size if j else 0
-            length = size if count == 1 else min(size, steps - start)
-            # One block at a time: what runs ahead piles up.
-            with tf.control_dependencies(before):
-                carry, pieces[j] = block(start, length, None, carry)
-            before = carry
-        return carry, pieces
+        return _walk_in_python(block, carry, blocks, widths, reverse, starts)
+    steps, size, count = blocks.steps, blocks.size, blocks.count
 
-    def body(i, carry, array):
+    def body(i, carry, arrays):
         j = count - 1 - i if reverse else i
-        start = j * size
-        valid = None if blocks.whole else tf.minimum(size, steps - start)
-        new, output = block(start, size, valid, carry)
-        new = tuple(
-            tf.ensure_shape(n, c.shape) for n, c in zip(new, carry, strict=True)
+        valid = None if blocks.whole else tf.minimum(size, steps - j * size)
+        new, outputs = block(j * size, size, valid, carry)
+        new = tf.nest.map_structure(
+            lambda n, c: tf.ensure_shape(n, c.shape), new, carry
         )
-        return i + 1, new, array if width is None else array.write(j, output)
+        outputs = [*outputs, carry[0]] if starts else outputs
+        arrays = [a.write(j, o) for a, o in zip(arrays, outputs, strict=True)]
+        return i + 1, new, arrays
 
-    array = 0
-    if width is not None:
-        shape = [size, None, width]
-        array = tf.TensorArray(carry[0].dtype, count, element_shape=shape)
+    first = carry[0]
+    known = size if isinstance(size, int) else None
+    shapes = [[known, None, width] for width in widths] + [first.shape] * starts
+    arrays = [tf.TensorArray(first.dtype, count, element_shape=s) for s in shapes]
     # The next block may begin, no more: what runs ahead piles up.
-    _, carry, array = tf.while_loop(
-        lambda i, *_: i < count, body, (0, carry, array), parallel_iterations=2
+    _, carry, arrays = tf.while_loop(
+        lambda i, *_: i < count, body, (0, carry, arrays), parallel_iterations=2
     )
-    if width is None:
-        return carry, [None]
-    batch = tf.shape(carry[0])[0]
-    outputs = stack(array, [size, batch, width])
-    outputs = tf.reshape(outputs, [count * size, batch, width])
-    outputs = outputs if blocks.whole else outputs[:steps]
+    states = stack(arrays.pop(), tf.shape(first)) if starts else None
+    batch = tf.shape(first)[-2]
     known = steps if isinstance(steps, int) else None
-    return carry, [tf.ensure_shape(outputs, [known, None, width])]
+    outputs = []
+    for array, width in zip(arrays, widths, strict=True):
+        output = stack(array, [size, batch, width])
+        output = tf.reshape(output, [count * size, batch, width])
+        output = output if blocks.whole else output[:steps]
+        outputs.append([tf.ensure_shape(output, [known, None, width])])
+    return carry, outputs, states
+
+
+def _walk_in_python(block, carry, blocks, widths, reverse, starts):
+    """`walk` as parts of the graph, one for each block."""
+    steps, size, count = blocks.steps, blocks.size, blocks.count
+    outputs, states = [[None] * count for _ in widths], [None] * count
+    for j in reversed(range(count)) if reverse else range(count):
+        start = j * size if j else 0
+        length = size if count == 1 else min(size, steps - start)
+        states[j] = carry[0]
+        # One block at a time: what runs ahead piles up. And what a backward pass computes
+        # again TensorFlow would else take from the forward pass, and keep it until then.
+        with tf.control_dependencies(tf.nest.flatten(carry)):
+            carry, pieces = block(start, length, None, carry)
+        for output, piece in zip(outputs, pieces, strict=True):
+            output[j] = piece
+    return carry, outputs, tf.stack(states) if starts else None
 
 
 def padded(x, blocks, axis=1):

@@ -22,7 +22,6 @@ Whatever is differentiable must be an argument of the joined operation. Constant
 dropout factors) may be captured: a captured tensor silently has no gradient.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,7 +79,8 @@ class Derivation(NamedTuple):
     Attributes:
         forward: `forward(options, constants, *args) -> (outputs, residuals)`.
         backward: `backward(options, constants, outputs, residuals, cotangents, *args)`
-            returns one gradient for each argument. It is never differentiated.
+            returns one gradient for each argument, None for one that is None. It is never
+            differentiated.
         composed: `composed(options, constants, *args) -> outputs`, the same function made
             of differentiable operations. Its derivatives are those of second and higher
             order; it is evaluated only where they are asked for.
@@ -94,8 +94,11 @@ class Derivation(NamedTuple):
 def explicit_first_order(derivation: Derivation, options, constants, *args):
     """Return the outputs of `derivation.forward`, differentiable with respect to `args`.
 
-    `options` is static and hashable; `constants` are tensors without a gradient.
+    `options` is static and hashable; `constants` are tensors without a gradient. An
+    argument may be None, and is then no argument of the operation.
     """
+    given = tuple(arg is not None for arg in args)
+    args = [arg for arg in args if arg is not None]
     _refuse_forward_mode(args)
     # Else a tape that watches what they were made of would record the loop.
     constants = tf.nest.map_structure(
@@ -103,7 +106,7 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
     )
 
     def forward(*args):
-        return run(derivation.forward, options, constants, *args)
+        return run(derivation.forward, options, constants, *_placed(given, args))
 
     def gradients(args, outputs, residuals, cotangents):
         number = len(args)
@@ -113,11 +116,12 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
         def values(*tensors):
             args, cotangents = tensors[:number], tensors[number:]
             results = known, outputs, residuals, cotangents
-            return run(derivation.backward, options, *results, *args), ()
+            found = run(derivation.backward, options, *results, *_placed(given, args))
+            return [gradient for gradient in found if gradient is not None], ()
 
         def second_order(tensors, outputs, residuals, cotangents):
             del outputs, residuals  # recomputed, and so connected to the arguments
-            static = (derivation.composed, options, number)
+            static = (derivation.composed, options, given)
             return run(_second_order, static, known, tensors, cotangents)
 
         return explicit(values, second_order)(*args, *cotangents)
@@ -127,10 +131,13 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
 
 def _second_order(static, constants, tensors, cotangents):
     """The gradients of <gradients of composed, cotangents>."""
-    composed, options, number = static
+    composed, options, given = static
+    number = sum(given)
+
+    def function(*args):
+        return composed(options, constants, *_placed(given, args))
 
     def gradients(*tensors):
-        function = functools.partial(composed, options, constants)
         return vjp(function, tensors[:number], tensors[number:])
 
     return vjp(gradients, tensors, cotangents)
@@ -150,6 +157,12 @@ def vjp(function: Callable, args, cotangents):
     return tf.gradients(
         function(*args), args, list(cotangents), unconnected_gradients=zero
     )
+
+
+def _placed(given, tensors):
+    """The tensors in the places of those that are given, None in the others."""
+    tensors = iter(tensors)
+    return [next(tensors) if is_given else None for is_given in given]
 
 
 def _local(tensor):

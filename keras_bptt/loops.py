@@ -10,7 +10,16 @@ STEPS_PER_ITERATION = 8
 
 
 def scan(
-    step, carry, inputs, size, *, valid=None, reverse=False, unroll=False, stacked=True
+    step,
+    carry,
+    inputs,
+    size,
+    *,
+    valid=None,
+    reverse=False,
+    unroll=False,
+    stacked=True,
+    like=None,
 ):
     """Run `carry, output = step(carry, *inputs(t))` over time; stack the outputs.
 
@@ -27,6 +36,7 @@ def scan(
         unroll: True: write every step into the graph. An integer: so many steps an
             iteration of the loop. False: as many as pay.
         stacked: whether the outputs are wanted.
+        like: a tensor of the shape of an output. None: they have that of the carry.
 
     Returns:
         The last carry and the stacked outputs (size, batch, units), or None.
@@ -40,6 +50,7 @@ def scan(
         # Without a step (a single step has no link) there is nothing to stack.
         return carry, tf.stack(outputs) if outputs else carry[None][:0]
 
+    like = carry if like is None else like
     steps = size if valid is None else valid
     known = steps if isinstance(steps, int) else None
 
@@ -65,7 +76,7 @@ def scan(
         number = max(1, min(number, most)) if isinstance(most, int) else number
     outputs = 0
     if stacked:
-        outputs = tf.TensorArray(carry.dtype, size, element_shape=carry.shape)
+        outputs = tf.TensorArray(carry.dtype, size, element_shape=like.shape)
     # Not t computed from `valid`: XLA would compile for each of its values.
     last = () if valid is None else steps - 1
     state = loop(number, 0, last, carry, outputs)
@@ -74,9 +85,9 @@ def scan(
     _, _, carry, outputs = state
     if not stacked:
         return carry, None
-    outputs = stack(outputs, tf.shape(carry))
+    outputs = stack(outputs, tf.shape(like))
     known = size if isinstance(size, int) else None
-    return carry, tf.ensure_shape(outputs, [known, *carry.shape])
+    return carry, tf.ensure_shape(outputs, [known, *like.shape])
 
 
 def at(t, *tensors):

@@ -16,11 +16,12 @@ def processing_order(options, x, mask):
     return x, mask
 
 
-def read_out(options, mask, h, last):
-    """Return (y, h_T)."""
+def read_out(options, mask, h, last, c=None):
+    """Return (y, h_T); of an output layer, whose bias is c, (p, h_T) for h V + c."""
     seen = visible(options, mask)
     if options.return_sequences:
-        return where(seen, h), last
+        shown = where(seen, h) if c is None or seen is None else tf.where(seen, h, c)
+        return shown, last
     return last if seen is None else where(seen[:, -1], last), last
 
 

@@ -95,10 +95,10 @@ def adjoint_step(options, U, r):
     return step
 
 
-def project(x, W, *b):
+def project(x, W, b):
     """x_t W + b."""
     z = tf.tensordot(x, W, 1)
-    return z + b[0] if b else z
+    return z if b is None else z + b
 
 
 def dropped(factors, x):

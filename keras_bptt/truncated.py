@@ -22,6 +22,7 @@ import dataclasses
 
 import tensorflow as tf
 
+from keras_bptt import fused
 from keras_bptt import recurrence as full
 from keras_bptt.explicit import Derivation, explicit_first_order
 from keras_bptt.loops import size_of
@@ -33,17 +34,18 @@ from keras_bptt.masks import (
     unpacking,
     visible,
 )
+from keras_bptt.passes import project
 from keras_bptt.recurrence import Constants
 from keras_bptt.windows import at_most, filled_up
 
 
-def truncated_recurrence(options, constants, x, W, U, h_0, *b):
+def truncated_recurrence(options, constants, x, W, U, h_0, b=None, V=None, c=None):
     """`recurrence.recurrence`, its gradient truncated by `options.truncation`, if any."""
     mask = constants.mask
     if mask is not None:
         x = tf.ensure_shape(x, [None, mask.shape[1], None])
     if options.truncation is None or at_most(size_of(x, 1), options.truncation.steps):
-        return full.recurrence(_whole(options), constants, x, W, U, h_0, *b)
+        return full.recurrence(_whole(options), constants, x, W, U, h_0, b, V, c)
     x, mask = processing_order(options, x, mask)
     asked = options
     options = dataclasses.replace(
@@ -52,18 +54,18 @@ def truncated_recurrence(options, constants, x, W, U, h_0, *b):
     if mask is not None:
         x, packed = (_gathered(options, t, packing(mask)) for t in (x, mask))
         constants = constants._replace(mask=packed)
-    arguments = options, constants, x, W, U, h_0, *b
+    arguments = options, constants, x, W, U, h_0, b
     if not options.return_sequences:
         _, last = last_window(*arguments)
         return read_out(asked, mask, None, last)
     derivation = Derivation(forward, backward, composed)
-    y, last = explicit_first_order(derivation, *arguments)
+    y, last = explicit_first_order(derivation, *arguments, V, c)
     if mask is not None:
         y = _gathered(options, y, unpacking(mask))
-    return read_out(asked, mask, y, last)
+    return read_out(asked, mask, y, last, c)
 
 
-def last_window(options, constants, x, W, U, h_0, *b):
+def last_window(options, constants, x, W, U, h_0, b):
     """The recurrence over all steps, whose gradient is that of the last window alone."""
     cut = size_of(x, 1) - options.truncation.steps
     end = cut
@@ -77,27 +79,34 @@ def last_window(options, constants, x, W, U, h_0, *b):
         before = constants._replace(mask=mask[:, :end])
         window = constants._replace(mask=mask[:, cut:])
         at_h_0 = masked_steps(mask) >= cut
-    numbers = map(tf.stop_gradient, (x[:, :end], W, U, h_0, *b))
+    numbers = map(_number, (x[:, :end], W, U, h_0, b))
     unkept = dataclasses.replace(_whole(options), keep_states=False)
     _, state = full.recurrence(unkept, before, *numbers)
     start = tf.where(at_h_0, h_0, tf.stop_gradient(state))
-    return full.recurrence(_whole(options), window, x[:, cut:], W, U, start, *b)
+    return full.recurrence(_whole(options), window, x[:, cut:], W, U, start, b)
 
 
-def forward(options, constants, x, W, U, h_0, *b):
-    """Return the outputs. They tell the states: nothing else is kept."""
-    options = dataclasses.replace(_whole(options), keep_states=False)
-    return full.forward(options, constants, x, W, U, h_0, *b)
+def forward(options, constants, x, W, U, h_0, b, V, c):
+    """Return the outputs, and what is kept of h: nothing, where they tell it."""
+    told = V is None and options.checkpoint_every is None
+    options = dataclasses.replace(
+        _whole(options), keep_states=options.keep_states and not told
+    )
+    return fused.forward(options, constants, x, W, U, h_0, b, V, c)
 
 
-def backward(options, constants, outputs, residuals, cotangents, *arguments):
-    """Return the gradients of x, W, U, h_0 and, where there is one, b."""
-    del residuals
-    x, _, _, h_0, *_ = arguments
-    h = states_of(options, constants.mask, outputs[0], h_0)
+def backward(options, constants, outputs, kept, cotangents, *arguments):
+    """Return the gradients of x, W, U, h_0 and, where there are such, b, V and c."""
+    x, _, _, h_0, _, V, _ = arguments
+    h = None
+    if V is None and options.checkpoint_every is None:
+        h = states_of(options, constants.mask, outputs[0], h_0)
+    elif not kept:
+        again = dataclasses.replace(_whole(options), keep_states=True)
+        _, kept = fused.forward(again, constants, *arguments)
 
     def gradients(options):
-        return full.gradients(options, constants, (), h, cotangents, *arguments)
+        return fused.gradients(options, constants, kept, h, cotangents, *arguments)
 
     steps = size_of(x, 1)
     if isinstance(steps, int):
@@ -111,7 +120,7 @@ def backward(options, constants, outputs, residuals, cotangents, *arguments):
     )
 
 
-def composed(options, constants, x, W, U, h_0, *b):
+def composed(options, constants, x, W, U, h_0, b, V, c):
     """The recurrence over all windows, made of differentiable operations."""
     policy, units = options.truncation, U.shape[0]
     mask, d, r, _ = constants
@@ -120,7 +129,7 @@ def composed(options, constants, x, W, U, h_0, *b):
     # The window of the first block begins so many steps before the sequence.
     missing = n * policy.stride - steps + policy.steps - policy.stride
     h = full.composed(
-        _whole(options), constants, *map(tf.stop_gradient, (x, W, U, h_0, *b))
+        _whole(options), constants, *map(_number, (x, W, U, h_0, b)), None, None
     )
     h = tf.stop_gradient(filled_up(states_of(options, mask, h[0], h_0), missing))
     mask = tf.ones(tf.shape(x)[:2], tf.bool) if mask is None else mask
@@ -136,24 +145,34 @@ def composed(options, constants, x, W, U, h_0, *b):
     starts = tf.where(at_h_0[..., None], h_0[:, None], starts)
     each = Constants(windows(mask), _repeated(d, n), _repeated(r, n))
     starts = tf.reshape(starts, [-1, units])
-    y, last = full.composed(_whole(options), each, windows(x), W, U, starts, *b)
+    weights = W, U, starts, b, None, None
+    y, last = full.composed(_whole(options), each, windows(x), *weights)
     y = tf.reshape(y, [-1, n, policy.steps, units])
     last = tf.reshape(last, [-1, n, units])[:, -1]
     of_blocks = tf.reshape(y[:, :, -policy.stride :], [-1, n * policy.stride, units])
     of_blocks = of_blocks[:, n * policy.stride - steps :]
+
+    def shown(h):
+        return h if V is None else project(h, V, c)
+
     if options.adjoint_clipnorm is None:
-        return of_blocks, last
+        return shown(of_blocks), last
     # As in `windows.py`: an example that one window holds has all its losses there.
     whole = masked_steps(mask) - missing >= steps - policy.steps
     fill = steps - policy.steps
     fill = fill if isinstance(fill, int) else tf.maximum(fill, 0)
     of_last = filled_up(y[:, -1], fill)[:, -steps:]
-    return tf.where(whole[..., None], of_last, of_blocks), last
+    return shown(tf.where(whole[..., None], of_last, of_blocks)), last
 
 
 def states_of(options, mask, y, h_0):
     """h, from the outputs: what they hide before the first real step is h_0."""
     return y if mask is None else tf.where(visible(options, mask), y, h_0[:, None])
+
+
+def _number(t):
+    """`t`, if it is one, without a gradient."""
+    return None if t is None else tf.stop_gradient(t)
 
 
 def _gathered(options, t, places):

@@ -17,8 +17,9 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 RANKS = [
     ["reference", "truncated_reference", "truncation"],
     ["execution", "explicit", "activations", "loops", "scans"],
-    ["passes", "masks", "blocks", "shards", "windows", "recurrence", "truncated"],
-    ["layers"],
+    ["passes", "masks", "blocks", "shards", "windows", "sliding"],
+    ["residuals", "fused", "recurrence", "truncated"],
+    ["arguments", "layers"],
     ["__init__"],
 ]
 ORDER = [name for rank in RANKS for name in rank]

@@ -137,13 +137,13 @@ def sharded(monkeypatch):
     monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 0)
     monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
     calls = []
-    original = keras_bptt.recurrence.split
+    original = keras_bptt.fused.split
 
     def split(count, structure):
         calls.append(count)
         return original(count, structure)
 
-    monkeypatch.setattr(keras_bptt.recurrence, "split", split)
+    monkeypatch.setattr(keras_bptt.fused, "split", split)
     yield calls
     assert set(calls) <= {1, 2, 3} and max(calls) > 1, "nothing was split"
 
@@ -254,14 +254,14 @@ def test_one_graph_for_all_lengths(mode, sequence, masked, activation):
 def test_new_lengths_compile_nothing_new(monkeypatch):
     """XLA compiles for shapes: every block of every length must have the same."""
     shapes = []
-    original = keras_bptt.recurrence.call
+    original = keras_bptt.fused.call
 
     def call(function, options, jit_compile, valid, *tensors):
         assert jit_compile
         shapes.append([None if t is None else t.shape[1:].as_list() for t in tensors])
         return original(function, options, jit_compile, valid, *tensors)
 
-    monkeypatch.setattr(keras_bptt.recurrence, "call", call)
+    monkeypatch.setattr(keras_bptt.fused, "call", call)
     model = keras.Sequential([keras.Input((None, D)), BPTTRNN(H)])
     model.compile("sgd", "mse")
     for steps in (5, 6, 7, 31, 2):

@@ -280,9 +280,9 @@ def test_parts_of_the_batch(monkeypatch, window, mask):
     if window is None:
         constants["factors"], options = tf.constant(factors), {"factors": factors}
     calls = []
-    original = keras_bptt.recurrence.backward_of_shard
+    original = keras_bptt.fused.backward_of_shard
     monkeypatch.setattr(
-        keras_bptt.recurrence,
+        keras_bptt.fused,
         "backward_of_shard",
         lambda *args: calls.append(args) or original(*args),
     )
@@ -575,9 +575,9 @@ def backward_program(window, T, masked):
     @tf.function(jit_compile=True)
     def backward(h, last, dy, ds, x, W, U, h_0, b, *mask):
         constants = keras_bptt.recurrence.Constants(*mask)
-        arguments = x, W, U, h_0, b
+        arguments = x, W, U, h_0, b, None, None
         if window is None:
-            plain = keras_bptt.recurrence.gradients
+            plain = keras_bptt.fused.gradients
             return plain(options, constants, (), h, (dy, ds), *arguments)
         of = keras_bptt.truncated.backward
         return of(options, constants, (h, last), (), (dy, ds), *arguments)
