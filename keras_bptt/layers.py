@@ -1,16 +1,25 @@
 """BPTTRNN: configuration, state, masks and dtype. No derivative is written here."""
 
 import inspect
-import math
-import numbers
 
 import keras
 import tensorflow as tf
 
 from keras_bptt.activations import resolve, xla_compiles
+from keras_bptt.arguments import (
+    check_inputs,
+    check_mask,
+    check_state,
+    checkpoint_every_of,
+    clipnorm_of,
+    jit_compile_of,
+    output_units_of,
+    units_of,
+    unroll_of,
+)
 from keras_bptt.recurrence import Constants, Recurrence
 from keras_bptt.truncated import truncated_recurrence
-from keras_bptt.truncation import RandomizedTruncation, policy, positive_integer
+from keras_bptt.truncation import RandomizedTruncation, policy
 
 if keras.config.backend() != "tensorflow":
     raise ImportError(
@@ -159,23 +168,20 @@ class BPTTRNN(keras.layers.SimpleRNN):
         units,
         *args,
         truncation=None,
+        checkpoint_every=None,
         adjoint_clipnorm=None,
+        output_units=None,
+        output_activation=None,
         jit_compile="auto",
         **kwargs,
     ):
-        if not positive_integer(units):
-            raise ValueError(
-                "`units` must be a positive integer, the size of the hidden state. "
-                f"Received: units={units!r}."
-            )
-        if not isinstance(jit_compile, bool) and jit_compile != "auto":
-            raise ValueError(
-                "`jit_compile` must be True, False or 'auto' (compile where the layer is "
-                f"called with training=True). Received: jit_compile={jit_compile!r}."
-            )
+        units = units_of(units)
+        output_units = output_units_of(output_units, output_activation)
+        checkpoint_every = checkpoint_every_of(checkpoint_every)
+        jit_compile = jit_compile_of(jit_compile)
         truncation = policy(truncation)
-        adjoint_clipnorm = _clipnorm(adjoint_clipnorm)
-        super().__init__(int(units), *args, **kwargs)
+        adjoint_clipnorm = clipnorm_of(adjoint_clipnorm)
+        super().__init__(units, *args, **kwargs)
         if adjoint_clipnorm is not None and self.compute_dtype == "float16":
             raise ValueError(
                 "`adjoint_clipnorm` is for compute dtypes of a wider range: in float16 the "
@@ -183,22 +189,19 @@ class BPTTRNN(keras.layers.SimpleRNN):
                 f"adjoint_clipnorm={adjoint_clipnorm}, compute dtype float16. Use "
                 "'mixed_bfloat16' or 'float32'."
             )
-        if not isinstance(self.unroll, bool) and not positive_integer(self.unroll):
-            raise ValueError(
-                "`unroll` must be True (write every step into the graph), False, or a "
-                "positive integer, so many steps an iteration of the loop. Received: "
-                f"unroll={self.unroll!r}."
-            )
         self.jit_compile = jit_compile
         self.truncation = truncation
+        self.checkpoint_every = checkpoint_every
+        self.output_layer = None
+        if output_units is not None:
+            self.output_layer = self._output_layer(output_units, output_activation)
         self.adjoint_clipnorm = adjoint_clipnorm
         if isinstance(truncation, RandomizedTruncation):
             self._truncation_draws = keras.random.SeedGenerator(truncation.seed)
         # The host takes any true `unroll` for all steps, whose number it asks for then.
-        self._steps_per_iteration = (
-            0 if isinstance(self.unroll, bool) else int(self.unroll)
-        )
-        self.unroll = self.unroll is True
+        unroll = unroll_of(self.unroll)
+        self._steps_per_iteration = 0 if isinstance(unroll, bool) else int(unroll)
+        self.unroll = unroll is True
         # `build` and `call` check shapes and say more than an InputSpec would.
         self.input_spec = None
 
@@ -212,6 +215,13 @@ class BPTTRNN(keras.layers.SimpleRNN):
         # Left out where they say nothing, so that SimpleRNN can take the configuration.
         if self.truncation is not None:
             config["truncation"] = keras.saving.serialize_keras_object(self.truncation)
+        if self.checkpoint_every is not None:
+            config["checkpoint_every"] = self.checkpoint_every
+        if self.output_layer is not None:
+            config["output_units"] = self.output_layer.units
+            config["output_activation"] = keras.activations.serialize(
+                self.output_layer.activation
+            )
         if self.adjoint_clipnorm is not None:
             config["adjoint_clipnorm"] = self.adjoint_clipnorm
         if self.jit_compile != "auto":
@@ -221,16 +231,24 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape)
         super().build(sequences_shape, initial_state_shape)
+        if self.output_layer is not None and not self.output_layer.built:
+            self.output_layer.build((None, self.units))
         self._activation = resolve(self.activation, self.units, self.cell.compute_dtype)
 
     def compute_output_shape(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape)  # symbolic inputs come here, not to `call`
-        return super().compute_output_shape(sequences_shape, initial_state_shape)
+        shapes = super().compute_output_shape(sequences_shape, initial_state_shape)
+        if self.output_layer is None:
+            return shapes
+        states = shapes[1:] if self.return_state else ()
+        shape = shapes[0] if self.return_state else shapes
+        shape = (*shape[:-1], self.output_layer.units)
+        return (shape, *states) if self.return_state else shape
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         self._check_inputs(sequences.shape)
-        self._check_mask(sequences.shape, mask)
-        self._check_state(sequences.shape, initial_state)
+        check_mask(self.name, sequences.shape, mask)
+        check_state(self.name, sequences.shape, self.units, initial_state)
         return super().call(
             sequences, initial_state=initial_state, mask=mask, training=training
         )
@@ -258,18 +276,47 @@ class BPTTRNN(keras.layers.SimpleRNN):
             keep_states=bool(training),
             jit_compile=self._compiles(training),
             truncation=None if randomized else self.truncation,
+            checkpoint_every=self.checkpoint_every,
             adjoint_clipnorm=self.adjoint_clipnorm,
         )
+        g, weights = self.output_layer, [cell.kernel, cell.recurrent_kernel, cell.bias]
+        if g is not None and self.return_sequences:
+            weights += [g.kernel, g.bias]
         # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
         # itself, which the gradient would read outside the scope that casts it.
-        weights = [cell.kernel, cell.recurrent_kernel]
-        W, U = map(tf.convert_to_tensor, weights)
-        b = [] if cell.bias is None else [tf.convert_to_tensor(cell.bias)]
+        W, U, *others = (
+            None if w is None else tf.convert_to_tensor(w) for w in weights
+        )
         x = tf.cast(sequences, cell.compute_dtype)
-        y, state = truncated_recurrence(options, constants, x, W, U, h_0, *b)
-        if self.return_sequences:
-            return y[:, -1], y, [state]
-        return y, y[:, None], [state]
+        y, state = truncated_recurrence(options, constants, x, W, U, h_0, *others)
+        if not self.return_sequences:
+            y = y if g is None else g(y)
+            return y, y[:, None], [state]
+        if g is not None and g.activation is not None:
+            # Keras' function, as it is: losses look for the logits behind a softmax.
+            y = g.activation(y)
+        return y[:, -1], y, [state]
+
+    def _output_layer(self, units, activation):
+        cell = self.cell
+
+        def another(initializer):
+            # One initializer gives all weights of one shape the same numbers.
+            return type(initializer).from_config(initializer.get_config())
+
+        return keras.layers.Dense(
+            units,
+            activation=activation,
+            use_bias=cell.use_bias,
+            kernel_initializer=another(cell.kernel_initializer),
+            bias_initializer=another(cell.bias_initializer),
+            kernel_regularizer=cell.kernel_regularizer,
+            bias_regularizer=cell.bias_regularizer,
+            kernel_constraint=cell.kernel_constraint,
+            bias_constraint=cell.bias_constraint,
+            dtype=self.dtype_policy,
+            name="output",
+        )
 
     def _draw_factors(self, steps):
         """1 / p or 0 for each step and example, where the truncation is randomised."""
@@ -302,63 +349,5 @@ class BPTTRNN(keras.layers.SimpleRNN):
         return bool(training) and not self.unroll and possible
 
     def _check_inputs(self, shape):
-        if len(shape) != 3 or shape[-1] is None:
-            raise ValueError(
-                f"{self.name} takes inputs of shape (batch, timesteps, features) with a "
-                f"fixed number of features. Received: shape {tuple(shape)}. Add the "
-                "missing axis with x[..., None] (one feature) or x[None] (one example), "
-                "or flatten what is too much with keras.layers.Reshape."
-            )
-        if shape[1] == 0:
-            raise ValueError(
-                f"{self.name} takes inputs of at least one timestep. Received: shape "
-                f"{tuple(shape)}. Leave out empty sequences."
-            )
-        if self.built and shape[-1] != self.cell.kernel.shape[0]:
-            raise ValueError(
-                f"{self.name} was built for inputs with {self.cell.kernel.shape[0]} "
-                f"features. Received: shape {tuple(shape)}. Pass inputs with as many "
-                "features, or make another layer."
-            )
-
-    def _check_mask(self, shape, mask):
-        if mask is None:
-            return
-        given = tuple(mask.shape)
-        steps = given[:2] if len(given) == 3 and given[2] == 1 else given
-        if not _compatible(steps, shape[:2]):
-            raise ValueError(
-                f"{self.name} takes a `mask` of shape (batch, timesteps), here "
-                f"{tuple(shape[:2])}. Received: shape {given}. Pass one boolean for each "
-                "step of each example, False at steps to skip."
-            )
-
-    def _check_state(self, shape, initial_state):
-        if initial_state is None:
-            return
-        nested = isinstance(initial_state, (list, tuple))
-        given = [tuple(s.shape) for s in (initial_state if nested else [initial_state])]
-        expected = (shape[0], self.units)
-        if len(given) != 1 or not _compatible(given[0], expected):
-            raise ValueError(
-                f"{self.name} takes one `initial_state` of shape (batch, units), here "
-                f"{expected}. Received: {len(given)} of shape "
-                f"{', '.join(map(str, given))}. Pass one state for each example."
-            )
-
-
-def _clipnorm(value):
-    if value is None:
-        return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise ValueError(
-            "`adjoint_clipnorm` must be a positive finite number, the largest norm of "
-            f"dL/dh_t for one example, or None. Received: adjoint_clipnorm={value!r}. Pass "
-            "None to clip nothing."
-        )
-    return float(value)
-
-
-def _compatible(given, expected):
-    return tf.TensorShape(given).is_compatible_with(expected)
+        features = self.cell.kernel.shape[0] if self.built else None
+        check_inputs(self.name, shape, features)
