@@ -53,7 +53,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
     `training` is false and the outputs are not the states, not even those: inference takes
     no memory that grows with `timesteps`, and a gradient asked for all the same computes
     the states again, one more forward pass. So pass `training=True` in a training loop of
-    your own.
+    your own. With `checkpoint_every` = c, the states of every c-th step, and while a block
+    of c steps is walked back those of the block, computed again: about timesteps / c + c
+    states, least with c = "sqrt", for one more forward pass (Chen et al. 2016).
 
     Forward, for t = 1 ... T, in row vectors, with `x_t`, `h_t`, `W`, `U`, `b`, `h_0` =
     a step of `inputs`, the hidden state, `kernel`, `recurrent_kernel`, `bias`,
@@ -72,6 +74,18 @@ class BPTTRNN(keras.layers.SimpleRNN):
 
     At a masked step the state stays, h_t = h_{t-1}, and the adjoint passes through;
     `dropout` scales x_t and `recurrent_dropout` scales h_{t-1} in all of the above.
+
+    With `output_units` the layer has an output layer of its own, with `V`, `c` the kernel
+    and bias of `layer.output_layer` and g = `output_activation`, and returns o_t, not h_t:
+
+        p_t = h_t V + c     o_t = g(p_t)          q_t = dL/dp_t = J_g(p_t)^T dL/do_t
+        e_t = q_t V^T       dL/dV = sum_t h_t^T q_t     dL/dc = sum_t q_t
+
+    It gives what `keras.layers.Dense` would behind the layer, also at masked steps, but is
+    computed block by block: neither the sequence of all h_t nor that of all e_t is laid
+    out, and with `checkpoint_every` all h_t never exist. J_g is that of Keras' own
+    function (for an elementwise g a product with g'; softmax mixes outputs), and losses
+    find the logits behind a softmax or sigmoid as they do behind a `Dense`.
 
     With `truncation` a loss reaches back through a bounded number of steps, in all of the
     gradients alike; `Truncation` and `RandomizedTruncation` define which paths are kept. It
@@ -108,10 +122,23 @@ class BPTTRNN(keras.layers.SimpleRNN):
             backpropagation through time. A positive integer k: `Truncation(k)`, chunks of
             k steps. A `Truncation(steps, stride)` or a `RandomizedTruncation(mean_steps,
             seed)`; the latter draws where `training` is true.
+        checkpoint_every: How many steps there are from one state that the forward pass
+            keeps to the next. None, the default: 1. `"sqrt"`: the square root of the number
+            of timesteps, rounded up; where a graph is for any number of them, to the next
+            power of two. The gradient is the same. For sequences whose states do not fit
+            into memory; with `return_sequences` it pays where the output is small, as with
+            `output_units`, or is not kept by what follows.
         adjoint_clipnorm: The largest norm of dL/dh_t of one example, or None: no clipping.
             In the units of the cotangents that the layer receives: a mean loss divides
             them by the size of the batch, a `LossScaleOptimizer` multiplies them by its
             scale.
+        output_units: Positive integer, the size of the outputs o_t, or None: no output
+            layer. Its kernel and bias are made, regularized and constrained as the layer's
+            own: `kernel_*`, `bias_*` and `use_bias` hold for both, as the arguments of
+            `keras.layers.MultiHeadAttention` do for all of its projections. What is to
+            differ is a `Dense` behind the layer, or set after `build`:
+            `layer.output_layer.bias.assign(...)`.
+        output_activation: g, as `keras.layers.Dense` takes it. Default: linear.
         jit_compile: Whether XLA compiles the recurrence, inside whatever graph the caller
             builds. `"auto"`, the default: where `training` is true, so that no export
             depends on XLA; where XLA can, which an `activation` of Python code may forbid;
@@ -132,14 +159,17 @@ class BPTTRNN(keras.layers.SimpleRNN):
         (batch, timesteps, features). `timesteps` and `batch` may vary from call to call.
 
     Output shape:
-        - With `return_sequences`: (batch, timesteps, units), else (batch, units).
+        - With `return_sequences`: (batch, timesteps, units), else (batch, units); of an
+          output layer `output_units` in place of units.
         - With `return_state`: that, and the last state (batch, units).
 
     Raises:
         ImportError: on import, where Keras runs on another backend than TensorFlow.
-        ValueError: for `units`, `unroll`, `truncation`, `adjoint_clipnorm` or `jit_compile`
-            out of their range, `adjoint_clipnorm` with the compute dtype float16, an
-            activation that breaks its promises, and inputs, state or mask of a wrong shape.
+        ValueError: for `units`, `unroll`, `truncation`, `checkpoint_every`,
+            `adjoint_clipnorm`, `output_units` or `jit_compile` out of their range,
+            `output_activation` without `output_units`, `adjoint_clipnorm` with the compute
+            dtype float16, an activation that breaks its promises, and inputs, state or mask
+            of a wrong shape.
 
     Example:
 
@@ -151,6 +181,18 @@ class BPTTRNN(keras.layers.SimpleRNN):
     >>> BPTTRNN(4, truncation=20, adjoint_clipnorm=1.0).truncation
     Truncation(steps=20)
 
+    Long sequences of small outputs, in little memory:
+
+    >>> layer = BPTTRNN(
+    ...     16,
+    ...     return_sequences=True,
+    ...     checkpoint_every="sqrt",
+    ...     output_units=3,
+    ...     output_activation="softmax",
+    ... )
+    >>> layer(np.ones((2, 1000, 3), "float32")).shape
+    TensorShape([2, 1000, 3])
+
     References:
         - Werbos, Backpropagation through time: what it does and how to do it, 1990.
         - Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural
@@ -161,6 +203,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
           1308.0850): clipping inside the recursion.
         - Gal & Ghahramani, A theoretically grounded application of dropout in recurrent
           neural networks, 2016 (arXiv 1512.05287): one mask for all steps.
+        - Chen, Xu, Zhang & Guestrin, Training deep nets with sublinear memory cost, 2016
+          (arXiv 1604.06174): checkpoints.
     """
 
     def __init__(
@@ -304,6 +348,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
             # One initializer gives all weights of one shape the same numbers.
             return type(initializer).from_config(initializer.get_config())
 
+        # After the cell, and so are its weights.
         return keras.layers.Dense(
             units,
             activation=activation,
