@@ -157,18 +157,18 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, kept, W, U, b, V, c
         states_of = from_outputs(y, h_0, blocks)
 
     def block(start, size, valid, carry):
-        a, sums = carry[0], dict(carry[1])
+        a, sums = carry
         given = (mask, seen, cotangents, factors)
         m, c_t, e, xi = (cut(t, start, size) for t in given)
         h, first = states_of(start, size, valid, m)
-        e = where(c_t, e)
+        e, q = where(c_t, e), None
         if V is not None:
-            q, e = to_time_major(e), tf.tensordot(e, V, [[2], [1]])
+            e, q = tf.tensordot(e, V, [[2], [1]]), to_time_major(e)
 
         def inputs():
             # What a masked step holds (NaN, perhaps) must not meet its delta, which is 0.
-            real = None if m is None else m[:, :, None]
-            return to_time_major(where(real, dropped(d, cut(x, start, size))))
+            unmasked = None if m is None else m[:, :, None]
+            return to_time_major(where(unmasked, dropped(d, cut(x, start, size))))
 
         z = None
         if options.activation.slope_of_output is None:
@@ -182,20 +182,7 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, kept, W, U, b, V, c
         else:
             arguments += (xi,)
         a, delta = call(run_back, options, options.jit_compile, *arguments)
-        # First the recurrence, which others wait for; then the products, one after the
-        # other, for each has work for all cores.
-        with tf.control_dependencies([delta]):
-            # The first state apart from the others, which stay where they are.
-            before = [s if r is None else r * s for s in (first[None], h[:-1])]
-            sums["U"] += sum_of_products(before[0], delta[:1])
-            sums["U"] += sum_of_products(before[1], delta[1:])
-        with tf.control_dependencies([sums["U"]]):
-            sums["W"] += sum_of_products(inputs(), delta)
-        with tf.control_dependencies([sums["W"]]):
-            if b is not None:
-                sums["b"] += tf.reduce_sum(delta, [0, 1])
-            if V is not None:
-                sums["V"] += sum_of_products(h, q)
+        sums = with_products(sums, delta, first, h, r, inputs, q)
         d_x = tf.tensordot(delta, W, [[2], [1]])
         return (a, sums), [d_x if d is None else d * d_x]
 
@@ -209,6 +196,28 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, kept, W, U, b, V, c
     d_x = tf.reverse(d_x, [1]) if options.go_backwards else d_x
     d_c = None if c is None else tf.reduce_sum(dy, [0, 1])
     return d_x, d_h_0, *map(sums.get, weights), d_c
+
+
+def with_products(sums, delta, first, h, r, inputs, q):
+    """`sums`, the gradients of the weights, with what a block of steps adds to them.
+
+    First the recurrence, which others wait for; then the products, one after the other, for
+    each has work for all cores.
+    """
+    sums = dict(sums)
+    with tf.control_dependencies([delta]):
+        # The first state apart from the others, which stay where they are.
+        before = [s if r is None else r * s for s in (first[None], h[:-1])]
+        sums["U"] += sum_of_products(before[0], delta[:1])
+        sums["U"] += sum_of_products(before[1], delta[1:])
+    with tf.control_dependencies([sums["U"]]):
+        sums["W"] += sum_of_products(inputs(), delta)
+    with tf.control_dependencies([sums["W"]]):
+        if "b" in sums:
+            sums["b"] += tf.reduce_sum(delta, [0, 1])
+        if "V" in sums:
+            sums["V"] += sum_of_products(h, q)
+    return sums
 
 
 def blocks_of_backward(options, x, U, kept):

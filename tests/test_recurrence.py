@@ -638,19 +638,19 @@ MUTATIONS = [
     (
         "cotangents of hidden outputs",
         "fused",
-        "e = where(c_t, e)",
-        "",
+        "where(c_t, e), None",
+        "e, None",
     ),
     (
         "forget d in dW",
         "fused",
-        "where(real, dropped(d, cut(x, start, size)))",
-        "where(real, cut(x, start, size))",
+        "where(unmasked, dropped(d, cut(x, start, size)))",
+        "where(unmasked, cut(x, start, size))",
     ),
     (
         "NaN of masked steps in dW",
         "fused",
-        "where(real, dropped(d, cut(x, start, size)))",
+        "where(unmasked, dropped(d, cut(x, start, size)))",
         "dropped(d, cut(x, start, size))",
     ),
     (
