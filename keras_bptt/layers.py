@@ -298,7 +298,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         )
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        cell = self.cell
+        cell, every = self.cell, self.checkpoint_every
         # What `call` could not check, a size known at run time only, raises here: a state
         # or a mask of one example would otherwise be that of all, silently. (Grappler
         # drops a reshape that seems to change nothing; hence the axis that comes and goes.)
@@ -320,7 +320,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
             keep_states=bool(training),
             jit_compile=self._compiles(training),
             truncation=None if randomized else self.truncation,
-            checkpoint_every=self.checkpoint_every,
+            # Every state: what is kept anyway.
+            checkpoint_every=None if every == 1 else every,
             adjoint_clipnorm=self.adjoint_clipnorm,
         )
         g, weights = self.output_layer, [cell.kernel, cell.recurrent_kernel, cell.bias]
