@@ -4,6 +4,7 @@ import functools
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from keras_bptt import BPTTRNN
@@ -29,6 +30,12 @@ MODES = {
 
 # Row by row: holes after a masked start, a masked end, and nothing but masked steps.
 MIXED_MASK = np.array([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
+
+
+def marked(cases, chosen):
+    """All cases; those that are not chosen take long, together."""
+    slow = pytest.mark.slow
+    return [pytest.param(*case, marks=[slow] * (not chosen(*case))) for case in cases]
 
 
 def rng(seed=0):

@@ -4,6 +4,8 @@ The other side of each comparison is plain automatic differentiation of unrolled
 SimpleRNN(unroll=True), run eagerly, or the steps written down here.
 """
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from helpers import (
     D,
     H,
     T,
+    marked,
     pair,
     plain,
     random_inputs,
@@ -131,20 +134,17 @@ def split(case):
     return options, call
 
 
-IN_GRAPHS = ["sequence", "mask, sequence", "softmax, mask, dropout", "gelu", "unrolled"]
+IN_GRAPHS = ["mask, sequence", "softmax, mask, dropout", "gelu"]
+EAGERLY = [*IN_GRAPHS, "last output", "sequence", "mask, zero output", "unrolled"]
+EAGERLY += ["dropout", "backwards, no bias"]
 
 
 @pytest.mark.parametrize(
     ("case", "mode"),
-    [
-        pytest.param(
-            case,
-            mode,
-            marks=[pytest.mark.slow] * (mode != "eager" and case not in IN_GRAPHS),
-        )
-        for case in CASES
-        for mode in MODES
-    ],
+    marked(
+        itertools.product(CASES, MODES),
+        lambda case, mode: case in (EAGERLY if mode == "eager" else IN_GRAPHS),
+    ),
 )
 def test_second_order(case, mode):
     options, call = split(case)

@@ -265,7 +265,9 @@ def recurrent(a, b):
     return recurrence(options, Constants(), x, tf.eye(3), tf.eye(3), b)
 
 
-MEMORY = pytest.mark.parametrize("form", [product, fused, recurrent])
+MEMORY = pytest.mark.parametrize(
+    "form", [pytest.param(product, marks=pytest.mark.slow), fused, recurrent]
+)
 
 
 def tensors_alive():

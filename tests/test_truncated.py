@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLOAT64, MODES, random_weights, relative_error, rng
+from helpers import FLOAT64, MODES, marked, random_weights, relative_error, rng
 from mutation import assert_caught, copy_of_modules, without_graphs
 
 import keras_bptt.activations
@@ -54,14 +54,6 @@ MASKS = {
     # The third example has no step at all.
     "holes": rng(3).random((B, T)) < np.array([[0.5], [0.7], [0.0], [0.9], [0.3]]),
 }
-
-
-def few(cases, chosen):
-    """All cases; those that are not chosen take long, together."""
-    return [
-        pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 def arrays(mask=None, sequence=True, T=T, seed=0):
@@ -169,7 +161,7 @@ def check(window, mask="no mask", sequence=True, mode="eager", modules=MODULES, 
 
 @pytest.mark.parametrize(
     ("window", "mask", "sequence"),
-    few(
+    marked(
         itertools.product(WINDOWS, MASKS, [True, False]),
         # Every window; and one of them with every mask, and for the last output.
         lambda window, mask, sequence: (
@@ -183,7 +175,7 @@ def test_equals_brute_force(window, mask, sequence):
 
 @pytest.mark.parametrize(
     ("mode", "window", "mask"),
-    few(
+    marked(
         itertools.product(["graph", "xla"], FEW_WINDOWS, ["no mask", "holes"]),
         lambda mode, window, mask: (
             (mode, window, mask)
@@ -197,7 +189,7 @@ def test_equals_brute_force_in_graphs(mode, window, mask):
 
 @pytest.mark.parametrize(
     ("steps", "window", "mask", "sequence"),
-    few(
+    marked(
         itertools.product(
             [1, 2, 9, 17],
             [(3, 3), (5, 2), (3, 1), (9, 4), (20, 7)],
@@ -232,7 +224,7 @@ def test_unknown_number_of_steps(steps, window, mask, sequence):
 
 @pytest.mark.parametrize(
     ("window", "mask", "sequence"),
-    few(
+    marked(
         itertools.product(
             [(4, 4), (3, 1), (5, 2), (8, 3), (12, 5)], MASKS, [True, False]
         ),
@@ -248,7 +240,7 @@ def test_clipped_windows(window, mask, sequence):
 
 @pytest.mark.parametrize(
     ("mask", "mode"),
-    few(
+    marked(
         itertools.product(["no mask", "holes"], MODES),
         lambda mask, mode: mask == "holes",
     ),
@@ -409,7 +401,7 @@ SECOND_ORDER = [(4, 4), (3, 1), (5, 2)]
 
 @pytest.mark.parametrize(
     ("window", "sequence"),
-    few(
+    marked(
         itertools.product(SECOND_ORDER, [True, False]),
         lambda window, sequence: sequence == (window != (5, 2)),
     ),
@@ -447,7 +439,7 @@ def test_second_order_of_clipped_gradients(window):
 
 @pytest.mark.parametrize(
     ("window", "mask"),
-    few(
+    marked(
         itertools.product(SECOND_ORDER, ["left", "holes"]),
         lambda window, mask: mask == "holes" and window == (5, 2),
     ),
@@ -458,7 +450,7 @@ def test_second_order_with_a_mask(window, mask):
 
 @pytest.mark.parametrize(
     ("window", "mask"),
-    few(
+    marked(
         itertools.product([*SECOND_ORDER, (12, 5)], ["left", "right", "holes"]),
         lambda window, mask: (window, mask) == ((5, 2), "right"),
     ),
@@ -469,7 +461,7 @@ def test_second_order_of_clipped_gradients_with_a_mask(window, mask):
 
 @pytest.mark.parametrize(
     ("window", "activation"),
-    few(
+    marked(
         itertools.product([(4, 4), (5, 2)], ["softmax", "gelu"]),
         lambda window, activation: (window == (5, 2)) == (activation == "softmax"),
     ),
@@ -488,7 +480,7 @@ def draw(seed=7):
 
 @pytest.mark.parametrize(
     ("mask", "sequence", "mode"),
-    few(
+    marked(
         itertools.product(MASKS, [True, False], MODES),
         lambda mask, sequence, mode: mask == "holes" and (sequence or mode == "eager"),
     ),
@@ -590,7 +582,7 @@ DEPTH = [(32, 32), (32, 16), (32, 8), (32, 5), (32, 1)]
 
 @pytest.mark.parametrize(
     ("window", "steps", "masked"),
-    few(
+    marked(
         itertools.product(DEPTH, [512, 4096], [False, True]),
         lambda window, steps, masked: (
             (window, masked)

@@ -22,6 +22,7 @@ from helpers import (
     H,
     assert_same,
     evaluate,
+    marked,
     random_inputs,
     random_weights,
     relative_error,
@@ -148,16 +149,12 @@ def check(layer, mode="eager", tolerance=FLOAT64, known=True, **call):
     )
 
 
-def marked(values, slow):
-    """Parameters, marked slow where `slow` says so."""
-    return [
-        pytest.param(*value, marks=[pytest.mark.slow] * bool(slow(*value)))
-        for value in values
-    ]
+def slow_where(values, slow):
+    return marked(values, lambda *value: not slow(*value))
 
 
 # Overlapping windows, and the others where time is no matter.
-EACH_WINDOW = marked([(w,) for w in WINDOWS], lambda w: w != "overlapping")
+EACH_WINDOW = slow_where([(w,) for w in WINDOWS], lambda w: w != "overlapping")
 
 # --- Against the brute force
 
@@ -192,7 +189,7 @@ def few(option, window, masked):
 
 @pytest.mark.parametrize(
     ("option", "window", "masked"),
-    marked(itertools.product(OPTIONS, WINDOWS, [False, True]), few),
+    slow_where(itertools.product(OPTIONS, WINDOWS, [False, True]), few),
 )
 def test_equals_brute_force(option, window, masked):
     call = {"mask": MASK} if masked else {}
@@ -211,7 +208,7 @@ def few_in_graphs(option, window, masked, mode, known):
 
 @pytest.mark.parametrize(
     ("option", "window", "masked", "mode", "known"),
-    marked(
+    slow_where(
         itertools.product(
             OPTIONS, WINDOWS, [False, True], ["graph", "xla"], [True, False]
         ),
@@ -229,7 +226,7 @@ def test_equals_brute_force_in_graphs(option, window, masked, mode, known):
 
 @pytest.mark.parametrize(
     ("window", "known"),
-    marked(
+    slow_where(
         itertools.product(WINDOWS, [True, False]),
         lambda window, known: window == "sliding" or known != (window == "chunks"),
     ),
@@ -296,7 +293,7 @@ def few_bits(window, jit_compile, mode, known, masked, sequence):
 
 @pytest.mark.parametrize(
     ("window", "jit_compile", "mode", "known", "masked", "sequence"),
-    marked(
+    slow_where(
         [
             case
             for case in itertools.product(
@@ -334,7 +331,7 @@ def test_last_output_of_one_window_in_xla(window):
 
 @pytest.mark.parametrize(
     ("window", "sequence"),
-    marked(
+    slow_where(
         itertools.product([1, *WINDOWS.values()], [True, False]),
         lambda window, sequence: not sequence and window != 3,
     ),
@@ -407,7 +404,7 @@ def few_padded(window, sequence, clip):
 
 @pytest.mark.parametrize(
     ("window", "sequence", "clip"),
-    marked(itertools.product(PADDED, [True, False], [None, CLIP]), few_padded),
+    slow_where(itertools.product(PADDED, [True, False], [None, CLIP]), few_padded),
 )
 def test_padding_changes_nothing(window, sequence, clip):
     """Every example is what it is alone, wherever masked steps come between its own."""
@@ -472,7 +469,7 @@ def few_sizes(window, size, masked, sequence):
 
 @pytest.mark.parametrize(
     ("window", "size", "masked", "sequence"),
-    marked(
+    slow_where(
         itertools.product(
             [1, *WINDOWS.values()],
             [(0, T), (B, 1), (0, 1), (1, 2)],
@@ -494,7 +491,7 @@ def test_sizes(window, size, masked, sequence):
 
 @pytest.mark.parametrize(
     ("window", "mode"),
-    marked(
+    slow_where(
         itertools.product(WINDOWS, MODES),
         lambda w, mode: w != "overlapping" or mode == "graph",
     ),
@@ -519,7 +516,7 @@ def test_mixed_precision(window, mode):
 
 @pytest.mark.parametrize(
     ("window", "masked"),
-    marked(
+    slow_where(
         itertools.product(WINDOWS, [False, True]),
         lambda window, masked: window != "overlapping" or not masked,
     ),
@@ -751,7 +748,7 @@ def test_weights_are_those_of_simplernn():
 
 @pytest.mark.parametrize(
     ("window", "clip"),
-    marked(
+    slow_where(
         itertools.product(WINDOWS, [None, CLIP]),
         lambda *case: case not in [("chunks", None), ("overlapping", CLIP)],
     ),
