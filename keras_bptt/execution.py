@@ -13,15 +13,18 @@ def run(function: Callable, options, *tensors):
     An eager `tf.while_loop` is a Python loop over single operations. The function, its
     hashable `options` and the widths of the tensors are the key of the cache: a graph may
     be for any batch and any number of steps, but not for any number of units. A graph that
-    is unrolled is for one number of steps.
+    is unrolled is for one number of steps. So is one whose blocks are as long as the root
+    of it: the two passes must agree on that, and a graph for any number rounds it.
     """
     if not tf.executing_eagerly():
         return function(options, *tensors)
-    unroll = any(
-        getattr(option, "unroll", False) is True for option in tf.nest.flatten(options)
+    one_length = any(
+        getattr(option, "unroll", False) is True
+        or getattr(option, "checkpoint_every", None) == "sqrt"
+        for option in tf.nest.flatten(options)
     )
     shapes = _shapes(tensors)
-    key = tuple(shapes if unroll else (shape[-1] for shape in shapes))
+    key = tuple(shapes if one_length else (shape[-1] for shape in shapes))
     return _graph(function, options, key, False)(*tensors)
 
 
