@@ -346,8 +346,12 @@ class BPTTRNN(keras.layers.SimpleRNN):
         cell = self.cell
 
         def another(initializer):
-            # One initializer gives all weights of one shape the same numbers.
-            return type(initializer).from_config(initializer.get_config())
+            # A random one gives all weights of one shape the same numbers. Any other, a
+            # function perhaps, need not know its configuration.
+            config = getattr(initializer, "get_config", dict)()
+            if "seed" not in config:
+                return initializer
+            return type(initializer).from_config(config)
 
         # After the cell, and so are its weights.
         return keras.layers.Dense(
