@@ -7,12 +7,12 @@ Row vectors, as Keras computes: an example is a row. For t = 1 ... T,
 
     z_t = x_t W + h_{t-1} U + b
     h_t = f(z_t)                        f elementwise
-    o_t = g(h_t V + c)                  g elementwise
+    o_t = g(h_t V + c)                  g elementwise, or a softmax over the units
     L   = (1/T) sum_t l(y_t, o_t)       averaged over time, summed over batch and units
 
 and backward, for t = T ... 1, with delta_{T+1} = 0,
 
-    q_t     = dL/do_t * g'(h_t V + c)
+    q_t     = dL/do_t * g'(h_t V + c)   of a softmax o_t * (dL/do_t - <dL/do_t, o_t>)
     e_t     = q_t V^T                   dL/dh_t through o_t alone: the cotangent
     a_t     = e_t + delta_{t+1} U^T     dL/dh_t in full: the adjoint
     delta_t = a_t * f'(z_t)             dL/dz_t
@@ -53,11 +53,16 @@ class Pair(NamedTuple):
     """A function and its derivative: f(z), f'(z), or l(y, o), dl/do(y, o)."""
 
     value: Callable[..., Array]
-    derivative: Callable[..., Array]
+    derivative: Callable[..., Array] | None  # None: it is not elementwise
 
 
 def _sigmoid(z: Array) -> Array:
     return 0.5 * (1.0 + np.tanh(0.5 * z))
+
+
+def _softmax(s: Array) -> Array:
+    powers = np.exp(s - np.max(s, axis=-1, keepdims=True))
+    return powers / np.sum(powers, axis=-1, keepdims=True)
 
 
 # f' is a function of the pre-activation z. At its kink relu has slope 0, as TensorFlow.
@@ -72,22 +77,29 @@ ACTIVATIONS = {
         lambda z: np.exp(np.minimum(z, 0.0)),
     ),
 }
+# A softmax mixes the units: it has a Jacobian in place of a slope. For g alone.
+OUTPUT_ACTIVATIONS = ACTIVATIONS | {"softmax": Pair(_softmax, None)}
 # Of one output unit; l(y_t, o_t) is the sum over units and batch. The outputs that go
-# into binary_crossentropy are logits: g = "linear".
+# into binary_crossentropy are logits: g = "linear"; those into categorical_crossentropy
+# are probabilities: g = "softmax". The inner product makes dL/do_t = y_t / T whatever o_t
+# is: with it y are any cotangents of the outputs, times T.
 LOSSES = {
     "squared_error": Pair(lambda y, o: 0.5 * (o - y) ** 2, lambda y, o: o - y),
     "binary_crossentropy": Pair(
         lambda y, o: np.logaddexp(0.0, o) - y * o, lambda y, o: _sigmoid(o) - y
     ),
+    "categorical_crossentropy": Pair(lambda y, o: -y * np.log(o), lambda y, o: -y / o),
+    "inner_product": Pair(lambda y, o: y * o, lambda y, o: y),
 }
 
 
 class Network(NamedTuple):
     """The weights, the initial state, f, g and l.
 
-    The functions are names (`ACTIVATIONS`, `LOSSES`) or pairs (value, derivative):
-    `(np.sin, np.cos)`, or `(l, dl_do)`, both functions of y and o. f and g must be
-    elementwise: a softmax has no slope, and what comes out here would be wrong.
+    The functions are names (`ACTIVATIONS`, `OUTPUT_ACTIVATIONS`, `LOSSES`) or pairs (value,
+    derivative): `(np.sin, np.cos)`, or `(l, dl_do)`, both functions of y and o. f, and g
+    but for "softmax", must be elementwise: any other function that mixes units has no
+    slope, and what comes out here would be wrong.
     """
 
     W: Array
@@ -156,9 +168,8 @@ def _hidden_states(
 
 def forward(x: Array, y: Array, network: Network) -> Forward:
     """The network and its loss, for inputs x and targets y."""
-    W, U, b, V, c, h_0, f, g, loss = network
-    f, g = _pair("f", f, ACTIVATIONS), _pair("g", g, ACTIVATIONS)
-    loss = _pair("loss", loss, LOSSES)
+    W, U, b, V, c, h_0, *functions = network
+    f, g, loss = _functions(*functions)
     x, W, U, b, h_0, V, c, y = _checked(x=x, W=W, U=U, b=b, h_0=h_0, V=V, c=c, y=y)
     T, y = x.shape[1], _by_step(y)
     h, z = _hidden_states(_by_step(x), W, U, b, h_0, f)
@@ -181,17 +192,21 @@ def gradients(x: Array, y: Array, network: Network) -> Gradients:
     >>> d.d_recurrent_kernel.item(), d.d_output_kernel.item()
     (7.0, 24.0)
     """
-    W, U, b, V, c, h_0, f, g, loss = network
-    g, loss = _pair("g", g, ACTIVATIONS), _pair("loss", loss, LOSSES)
+    W, U, b, V, c, h_0, *functions = network
+    f, g, loss = _functions(*functions)
     x, W, U, b, h_0, V, c, y = _checked(x=x, W=W, U=U, b=b, h_0=h_0, V=V, c=c, y=y)
     T, y = x.shape[1], _by_step(y)
-    h, _ = _hidden_states(_by_step(x), W, U, b, h_0, _pair("f", f, ACTIVATIONS))
+    h, _ = _hidden_states(_by_step(x), W, U, b, h_0, f)
     d_l = 1.0 / T  # dL/dl_t
     d_o, e, dV, dc = {}, {}, np.zeros_like(V), np.zeros_like(c)
     for t in range(1, T + 1):
         s = h[t] @ V + c
-        d_o[t] = d_l * loss.derivative(y[t], g.value(s))  # dL/do_t
-        q = d_o[t] * g.derivative(s)
+        o = g.value(s)
+        d_o[t] = d_l * loss.derivative(y[t], o)  # dL/do_t
+        if g.value is _softmax:
+            q = o * (d_o[t] - np.sum(d_o[t] * o, axis=-1, keepdims=True))
+        else:
+            q = d_o[t] * g.derivative(s)
         dV += h[t].T @ q
         dc += q.sum(axis=0)
         e[t] = q @ V.T
@@ -347,6 +362,19 @@ def _checked(**arrays: Array) -> list[Array]:
     if sizes["timesteps"] == 0:
         raise ValueError("`x` must have one time step or more. Received: timesteps=0.")
     return [np.asarray(array, dtype=np.float64) for array in arrays.values()]
+
+
+def _functions(*names: str | tuple) -> list[Pair]:
+    """f, g and l of a network."""
+    tables = ACTIVATIONS, OUTPUT_ACTIVATIONS, LOSSES
+    pairs = list(map(_pair, ("f", "g", "loss"), names, tables))
+    _, g, loss = names
+    if loss == "categorical_crossentropy" and g in set(ACTIVATIONS) - {"sigmoid"}:
+        raise ValueError(
+            "`loss` 'categorical_crossentropy' is of probabilities: `g` must be 'softmax', "
+            f"'sigmoid' or a pair of functions. Received: g={g!r}."
+        )
+    return pairs
 
 
 def _pair(name: str, choice: str | tuple, table: dict[str, Pair]) -> Pair:

@@ -32,6 +32,7 @@ HIDDEN = {
 }
 WHOLE = HIDDEN | {"V": "d_output_kernel", "c": "d_output_bias"}
 ACTIVATIONS = sorted(reference.ACTIVATIONS)
+OUTPUT_ACTIVATIONS = sorted(reference.OUTPUT_ACTIVATIONS)
 
 
 def random_arrays(seed=0):
@@ -220,6 +221,67 @@ def test_loss_is_averaged_over_time_and_summed_over_the_batch():
     assert once.loss == pytest.approx(by_hand, rel=ROUNDING)
 
 
+def test_softmax_of_numbers_whose_ratios_are_known():
+    # V = 0: what comes out is softmax(c), and dL/dc all that is left.
+    p = random_arrays() | {"V": np.zeros((H, 3)), "c": np.log([1.0, 2.0, 5.0])}
+    p["y"] = np.random.default_rng(2).normal(size=(B, T, 3))
+    run = whole(reference.forward, p, g="softmax", loss="inner_product")
+    d = whole(reference.gradients, p, g="softmax", loss="inner_product")
+    o = np.array([1, 2, 5]) / 8
+    assert np.max(np.abs(run.o - o)) < ROUNDING
+    assert run.loss == pytest.approx(np.sum(p["y"] * o) / T, rel=ROUNDING)
+    assert relative_error(d.d_outputs, p["y"] / T) < ROUNDING
+    by_hand = np.sum(p["y"] / T, axis=(0, 1)) @ (np.diag(o) - np.outer(o, o))
+    assert relative_error(d.d_output_bias, by_hand) < ROUNDING
+    assert not np.any(d.cotangents)
+
+
+def test_softmax_under_its_crossentropy_is_output_less_target():
+    p = random_arrays()
+    p["y"] = np.random.default_rng(2).dirichlet(np.ones(O), size=(B, T))
+    functions = {"g": "softmax", "loss": "categorical_crossentropy"}
+    run = whole(reference.forward, p, **functions)
+    d = whole(reference.gradients, p, **functions)
+    q = (run.o - p["y"]) / T
+    assert relative_error(d.cotangents, q @ p["V"].T) < ROUNDING
+    assert relative_error(d.d_output_bias, np.sum(q, axis=(0, 1))) < ROUNDING
+    by_hand = np.einsum("bth,bto->ho", run.h, q)
+    assert relative_error(d.d_output_kernel, by_hand) < ROUNDING
+
+
+def test_softmax_of_two_units_is_a_sigmoid_of_their_difference():
+    # y_1 o_1 + y_2 o_2 = (y_1 - y_2) o_1 + y_2, for o_1 + o_2 = 1.
+    p = random_arrays()
+    one = p | {name: p[name][..., :1] - p[name][..., 1:] for name in ("V", "c", "y")}
+    two = whole(reference.gradients, p, g="softmax", loss="inner_product")
+    one = whole(reference.gradients, one, g="sigmoid", loss="inner_product")
+    for name in (*HIDDEN.values(), "adjoint", "delta", "cotangents"):
+        assert relative_error(getattr(two, name), getattr(one, name)) < ROUNDING, name
+    for name in ("d_output_kernel", "d_output_bias"):
+        d = getattr(one, name)
+        both = np.concatenate([d, -d], axis=-1)
+        assert relative_error(getattr(two, name), both) < ROUNDING, name
+
+
+def test_softmax_of_one_unit_is_one():
+    p = random_arrays()
+    p |= {name: p[name][..., :1] for name in ("V", "c", "y")}
+    run = whole(reference.forward, p, g="softmax")
+    d = whole(reference.gradients, p, g="softmax")
+    assert np.all(run.o == 1) and np.any(d.d_outputs)
+    assert not any(np.any(getattr(d, name)) for name in WHOLE.values())
+
+
+def test_softmax_of_large_numbers():
+    value = reference.OUTPUT_ACTIVATIONS["softmax"].value
+    s = np.random.default_rng(2).normal(size=(B, O))
+    with np.errstate(all="raise", under="ignore"):
+        assert np.array_equal(value(np.array([[1e4, -1e4]])), [[1.0, 0.0]])
+        # Only differences count; 2^10 is exact, the sums are not.
+        assert np.max(np.abs(value(s + 1024) - value(s))) < 1024 * ROUNDING
+    assert np.max(np.abs(np.sum(value(s), axis=1) - 1)) < ROUNDING
+
+
 # Rung 2: central differences.
 
 
@@ -233,14 +295,17 @@ def test_gradients_by_activation(f):
     check_whole(reference.gradients, f=f)
 
 
-@pytest.mark.parametrize("g", ACTIVATIONS)
-def test_gradients_by_output_activation(g):
-    check_whole(reference.gradients, g=g)
+@pytest.mark.parametrize("loss", ["squared_error", "inner_product"])
+@pytest.mark.parametrize("g", OUTPUT_ACTIVATIONS)
+def test_gradients_by_output_activation(g, loss):
+    check_whole(reference.gradients, g=g, loss=loss)
 
 
 @pytest.mark.parametrize("loss", sorted(reference.LOSSES))
 def test_gradients_by_loss(loss):
-    check_whole(reference.gradients, loss=loss)
+    probabilities = loss == "categorical_crossentropy"
+    for g in ("softmax", "sigmoid") if probabilities else ("linear", "softmax"):
+        check_whole(reference.gradients, g=g, loss=loss)
 
 
 def test_gradients_of_functions_of_the_caller():
@@ -287,6 +352,27 @@ def test_directional_identity(f):
     u_Jv = reference.central_differences(along, np.zeros(()))
     d = reference.hidden_gradients(f=f, e=u, **problem)
     JTu_v = sum(np.sum(getattr(d, HIDDEN[name]) * v[name]) for name in v)
+    assert abs(JTu_v) > 1e-2
+    assert abs(u_Jv - JTu_v) < NUMERIC * abs(JTu_v)
+
+
+@pytest.mark.parametrize("g", OUTPUT_ACTIVATIONS)
+def test_directional_identity_of_the_outputs(g):
+    # The same for o, with the weights of the output layer; y = T u, for L averages.
+    problem = random_arrays()
+    u = problem["y"] / T
+    rng = np.random.default_rng(4)
+    v = {name: rng.normal(size=problem[name].shape) for name in WHOLE}
+    length = np.sqrt(sum(np.sum(direction**2) for direction in v.values()))
+    v = {name: direction / length for name, direction in v.items()}
+
+    def along(s):
+        moved = {name: problem[name] + s * v[name] for name in v}
+        return np.sum(u * whole(reference.forward, problem | moved, g=g).o)
+
+    u_Jv = reference.central_differences(along, np.zeros(()))
+    d = whole(reference.gradients, problem, g=g, loss="inner_product")
+    JTu_v = sum(np.sum(getattr(d, WHOLE[name]) * v[name]) for name in v)
     assert abs(JTu_v) > 1e-2
     assert abs(u_Jv - JTu_v) < NUMERIC * abs(JTu_v)
 
@@ -400,10 +486,22 @@ HIDDEN_MUTATIONS = {
 WHOLE_MUTATIONS = {
     "drop 1/T": ("d_l = 1.0 / T", "d_l = 1.0"),
     "drop g'": ("q = d_o[t] * g.derivative(s)", "q = d_o[t]"),
-    "g' of o": ("g.derivative(s)", "g.derivative(g.value(s))"),
+    "g' of o": ("g.derivative(s)", "g.derivative(o)"),
     "shift h by one in dV": ("h[t].T @ q", "h[t - 1].T @ q"),
     "drop q in e": ("q @ V.T", "d_o[t] @ V.T"),
+    "last step only for V": ("dV += h", "dV = h"),
     "last step only for c": ("dc += q", "dc = q"),
+}
+SOFTMAX_MUTATIONS = {
+    "drop the other units": (" - np.sum(d_o[t] * o, axis=-1, keepdims=True)", ""),
+    "a slope": (
+        "(d_o[t] - np.sum(d_o[t] * o, axis=-1, keepdims=True))",
+        "d_o[t] * (1 - o)",
+    ),
+    "mean of d_o without o": ("np.sum(d_o[t] * o,", "np.mean(d_o[t],"),
+    "sum over the batch": ("axis=-1, keepdims=True", "axis=0, keepdims=True"),
+    "drop o": ("q = o * (d_o[t]", "q = (d_o[t]"),
+    "s for o": ("q = o * (d_o[t]", "q = s * (d_o[t]"),
 }
 
 
@@ -433,6 +531,14 @@ def test_broken_output_layer_is_caught(name):
     broken = mutant(reference.gradients, *WHOLE_MUTATIONS[name])
     with pytest.raises(AssertionError, match="relative error"):
         check_whole(broken, g="tanh")
+
+
+@pytest.mark.parametrize("name", SOFTMAX_MUTATIONS)
+def test_broken_softmax_is_caught(name):
+    broken = mutant(reference.gradients, *SOFTMAX_MUTATIONS[name])
+    for loss in ("squared_error", "inner_product", "categorical_crossentropy"):
+        with pytest.raises(AssertionError, match="relative error"):
+            check_whole(broken, g="softmax", loss=loss)
 
 
 # Errors, and the independence of the reference.
@@ -487,6 +593,22 @@ def test_unknown_functions_raise(choice):
         for function in (reference.forward, reference.gradients):
             with pytest.raises(ValueError, match=message):
                 whole(function, problem, **{name: choice})
+
+
+def test_softmax_of_the_hidden_state_raises():
+    for function in (reference.forward, reference.gradients):
+        with pytest.raises(ValueError, match="`f` must be one of linear.*f='softmax'"):
+            whole(function, random_arrays(), f="softmax")
+    with pytest.raises(ValueError, match="`f` must be one of"):
+        reference.hidden_gradients(f="softmax", **hidden_problem())
+
+
+@pytest.mark.parametrize("g", sorted(set(ACTIVATIONS) - {"sigmoid"}))
+def test_crossentropy_of_what_are_no_probabilities_raises(g):
+    message = f"'categorical_crossentropy' is of probab.*'softmax'.*Received: g='{g}'"
+    for function in (reference.forward, reference.gradients):
+        with pytest.raises(ValueError, match=message):
+            whole(function, random_arrays(), g=g, loss="categorical_crossentropy")
 
 
 def test_central_differences_raise():
