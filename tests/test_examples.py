@@ -24,6 +24,15 @@ KEY_LINES = {
         "character_language_model.keras: largest difference",
         "character_language_model, without keras_bptt: largest difference",
     ],
+    "long_sequences.py": [
+        "1. In memory, 2,000 steps",
+        "every state kept",
+        "relative difference of the gradients",
+        "2. Two sweeps over 4 pieces of 100 steps",
+        "16 pieces: ",
+        "the best read-out of the untrained state",
+        "long_sequences.json",
+    ],
     "memory_span.py": [
         "1 is the error of the best constant",
         "sliding         5",
@@ -82,6 +91,11 @@ def load(name):
 @pytest.fixture(scope="module")
 def demo():
     return load("character_language_model.py")
+
+
+@pytest.fixture(scope="module")
+def long_sequences():
+    return load("long_sequences.py")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +201,68 @@ def test_targets_are_the_first_feature_a_lag_ago(memory_span, monkeypatch, tmp_p
     assert difference[0] == 0 and (difference[1:] > 0).all()
 
 
+SHORT_PIECES = "--pieces 5 --steps 7 --features 6 --units 3 --batch-size 4".split()
+
+
+@pytest.fixture
+def pieces(long_sequences, monkeypatch, tmp_path):
+    """Arguments of sequences of a few short pieces."""
+    arguments = *SHORT_PIECES, "--output-dir", str(tmp_path)
+    return arguments_of(long_sequences, monkeypatch, *arguments)
+
+
+def test_pieces_are_the_same_whenever_asked_for(long_sequences, pieces):
+    x, y, weights = zip(
+        *(long_sequences.piece(3, place, pieces) for place in range(5)), strict=True
+    )
+    again, _, _ = long_sequences.piece(3, 2, pieces)
+    np.testing.assert_array_equal(again, x[2])
+    assert not np.isclose(x[1], x[2]).any()
+    other, _, _ = long_sequences.piece(4, 2, pieces)
+    assert not np.isclose(other, x[2]).any()
+    for target in y:
+        np.testing.assert_array_equal(target[:, 0], x[0][:, 0, 0])
+    assert np.sum(weights) == pytest.approx(1)
+    assert [bool(weight) for weight in weights] == [False, False, True, True, True]
+
+
+def test_pieces_have_the_gradient_of_the_whole(long_sequences, pieces):
+    network = long_sequences.Network(pieces, 1)
+    # The state matters, and all of it, where the recurrent kernel is no identity.
+    U = np.random.default_rng(0).normal(0, 0.6, (3, 3))
+    network.rnn.cell.recurrent_kernel.assign(U)
+    loss, gradients = long_sequences.two_sweeps(network, 0, pieces)
+    expected, whole = long_sequences.in_one_call(network, 0, pieces)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert long_sequences.difference(gradients, whole) < 1e-5
+    with pytest.raises(SystemExit, match="The gradients differ by"):
+        long_sequences.difference([g * 1.001 for g in gradients], whole)
+
+
+def test_checkpoints_in_memory_have_the_same_gradient(long_sequences):
+    _, stored = long_sequences.in_memory(None, 50)
+    _, again = long_sequences.in_memory("sqrt", 50)
+    assert long_sequences.difference(again, stored) < 1e-5
+
+
+def test_memory_is_left_out_where_it_is_unknown(long_sequences, monkeypatch, tmp_path):
+    monkeypatch.setattr(long_sequences, "PROCESS", tmp_path / "nowhere")
+    assert long_sequences.peak_mb(lambda: None) is None
+    assert long_sequences.shown(long_sequences.over(None, None)).startswith("not")
+    assert long_sequences.shown(long_sequences.over(12.0, 5.0)) == "7 MB"
+
+
+def test_first_number_is_learned_by_two_sweeps_alone(long_sequences, pieces):
+    pieces.updates, pieces.batch_size, pieces.learning_rate = 150, 32, 0.03
+    network = long_sequences.Network(pieces, pieces.updates)
+    _, untrained, best = long_sequences.baselines(network).values()
+    full = list(long_sequences.train_by_two_sweeps(network, pieces))
+    short = list(long_sequences.train_piece_by_piece(pieces))
+    assert best < untrained < 0.95
+    assert np.mean(full[-15:]) < 0.1
+    assert np.mean(short[-15:]) > untrained - 0.2
+
+
 def test_stream_goes_on_from_chunk_to_chunk(streaming):
     chunks = itertools.islice(streaming.stream(0, 3, 5), 400)
     x, y = (np.concatenate(t, axis=1)[..., 0] for t in zip(*chunks, strict=True))
@@ -228,6 +304,9 @@ def test_streams_are_learned(streaming, monkeypatch, tmp_path):
         ("memory_span.py", ["--lag", "3"], "--lag must be at least 4"),
         ("memory_span.py", ["--timesteps", "30"], "--timesteps longer. Received"),
         ("memory_span.py", ["--seeds", "0"], "--seeds must be a positive number"),
+        ("long_sequences.py", ["--pieces", "1"], "--pieces must be at least 2"),
+        ("long_sequences.py", ["--steps", "0"], "--steps must be a positive number"),
+        ("long_sequences.py", ["--updates", "15"], "--updates must be in tens"),
         ("streaming.py", ["--k1", "13"], "--k1 must be at most --k2. Received: 13, 12"),
         ("streaming.py", ["--updates", "15"], "--updates must be in tens"),
         ("streaming.py", ["--seed=-1"], "--seed must be in 0 ... 2**32 - 1"),
