@@ -165,6 +165,14 @@ CONTESTANTS = {
 TOLERANCE = 1e-5
 
 
+def largest_difference(given, wanted):
+    """The largest relative difference of two lists of gradients."""
+    return max(
+        float(np.linalg.norm(got - want) / np.linalg.norm(want))
+        for got, want in zip(given, wanted, strict=True)
+    )
+
+
 def contestants(case, names=None):
     """The steps of those who are installed, by name; and a line for each other one.
 
@@ -185,9 +193,8 @@ def contestants(case, names=None):
     for name, given in gradients.items():
         if case.dropout and "XLA" in name:
             continue
-        for got, want in zip(given, gradients[judge], strict=True):
-            error = np.linalg.norm(got - want) / np.linalg.norm(want)
-            worst = max(worst, float(error))
-            if not error < TOLERANCE:
-                raise SystemExit(f"{case}: {name} differs from {judge}, {error:.1e}")
+        error = largest_difference(given, gradients[judge])
+        worst = max(worst, error)
+        if not error < TOLERANCE:
+            raise SystemExit(f"{case}: {name} differs from {judge}, {error:.1e}")
     return steps, missing, worst

@@ -42,13 +42,19 @@ def peak_of_steps(step):
     return int(line.split()[1]) / 1024
 
 
-def peak_of_a_process(*arguments, script=__file__):
-    """What `script --one arguments` prints last."""
+def numbers_of_a_process(*arguments, script, limit=None):
+    """What `script --one arguments` prints in its last line; it has `limit` seconds."""
     command = [sys.executable, script, "--one", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     if done.returncode:
         raise SystemExit(f"{arguments} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+    return list(map(float, done.stdout.splitlines()[-1].split()))
+
+
+def peak_of_a_process(*arguments, script=__file__):
+    """Megabytes that `script --one arguments` prints."""
+    (mb,) = numbers_of_a_process(*arguments, script=script)
+    return mb
 
 
 def measure(timesteps, runs):

@@ -17,12 +17,14 @@ import pathlib
 import platform
 import re
 
+import checkpointing
 import compilation
 import fit_and_predict
 import memory
 import scaling
 import training_step
 import truncation
+from contestants import Case
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -66,6 +68,27 @@ def truncated_memory(quick):
     return truncation.memories([256], 16, 1) if quick else truncation.memories()
 
 
+def checkpoints(quick):
+    if not quick:
+        return checkpointing.curve(60)
+    names = [checkpointing.STORED, "c = 4", checkpointing.ROOT, "SimpleRNN, graph"]
+    return checkpointing.curve(0, Case(4, 100, 2, 8, sequences=False), names)
+
+
+def checkpoints_long(quick):
+    if not quick:
+        return checkpointing.long()
+    names = [checkpointing.STORED, checkpointing.ROOT]
+    return checkpointing.long(Case(4, 100, 2, 8, sequences=False), names, 1)
+
+
+def output_layers(quick):
+    if not quick:
+        return checkpointing.output_layer()
+    names = list(checkpointing.WITH_OUTPUT_LAYER)[:2]
+    return checkpointing.output_layer(Case(4, 100, 2, 8), names, 1)
+
+
 # What runs, how its table is written, how its plot is drawn.
 BENCHMARKS = {
     "training_step": (training_steps, training_step.table, training_step.plot),
@@ -77,6 +100,9 @@ BENCHMARKS = {
     "truncation": (truncated_steps, truncation.table_of_speed, None),
     "truncated_backward": (truncated_backward, truncation.table_of_backward, None),
     "truncated_memory": (truncated_memory, truncation.table_of_memory, None),
+    "checkpoints": (checkpoints, checkpointing.table_of_curve, checkpointing.plot),
+    "checkpoints_long": (checkpoints_long, checkpointing.table, None),
+    "output_layer": (output_layers, checkpointing.table, None),
 }
 
 

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say, and refuse contestants that disagree."""
 
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -113,6 +114,101 @@ def test_wrong_shapes(text):
 
     with pytest.raises(argparse.ArgumentTypeError, match="B,T,D,H"):
         training_step.parse_shape(text)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Processes that take 7 s and 3 MB a timestep, or fail; returns their calls."""
+    import memory
+
+    calls = []
+
+    def numbers(name, *case, script, limit):
+        calls.append((name, case[1], limit))
+        if name == "SimpleRNN, XLA" and case[1] > memory.SHORT:
+            raise subprocess.TimeoutExpired(name, limit)
+        if name == "c = 2":
+            raise SystemExit("killed")
+        return [7.0, 3.0 * case[1]]
+
+    monkeypatch.setattr(memory, "numbers_of_a_process", numbers)
+    return calls
+
+
+def test_rows_of_checkpoints(at_once, tmp_path):
+    import checkpointing
+    import contestants
+
+    case = contestants.Case(3, 9, 2, 4, sequences=False)
+    names = [checkpointing.STORED, "c = 2", "c = 4", checkpointing.ROOT]
+    results = checkpointing.curve(0, case, [*names, *checkpointing.SIMPLE])
+    rows = {row["name"]: row for row in results["rows"]}
+    failures = [row["failure"] for row in rows.values()]
+    assert failures == [None, "died", None, None, None, "more than 300 s"]
+    assert rows["c = 4"]["growth_mb"] == 3 * (9 - 8)
+    assert rows["c = 4"]["ms"]["median"] > 0 and rows["c = 2"]["ms"] is None
+    table = checkpointing.table_of_curve(results).splitlines()
+    assert table[2].startswith("| every state kept | 1.00 | 3 |")
+    assert table[3] == "| c = 2 | died | – |"
+    assert table[7] == "| SimpleRNN, XLA | more than 300 s | – |"
+    assert table[8].startswith("| *x alone*") and table[9].startswith("| *h alone*")
+    pytest.importorskip("matplotlib").use("Agg")
+    checkpointing.plot(results, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 0
+
+
+def test_rows_of_an_output_layer(at_once):
+    import checkpointing
+    import contestants
+
+    case = contestants.Case(*SMALL)
+    results = checkpointing.output_layer(case)
+    names = list(checkpointing.WITH_OUTPUT_LAYER)
+    assert [name for name, *_ in at_once] == [n for n in names for _ in range(2)] * 2
+    assert "| SimpleRNN and Dense | 7.00 | -6 |" in checkpointing.table(results)
+    # x and targets of 3 x 6 x (2 + 8) numbers, and h.
+    data, states = checkpointing.alone(case).values()
+    assert data == pytest.approx(720 / 2**20) and states == pytest.approx(288 / 2**20)
+
+
+def test_a_failure_is_left_alone(at_once):
+    import checkpointing
+    import contestants
+
+    case = contestants.Case(3, 9, 2, 4, sequences=False)
+    results = checkpointing.long(case)
+    xla = [call for call in at_once if call[0] == "SimpleRNN, XLA"]
+    assert [steps for _, steps, _ in xla] == [8, 9]  # and not in the second run
+    assert "| SimpleRNN, XLA | more than 300 s | – |" in checkpointing.table(results)
+
+
+def test_checkpoints_that_disagree_are_refused(monkeypatch):
+    import checkpointing
+    import contestants
+
+    def wrong(case, data):
+        step = checkpointing.LAST[checkpointing.STORED](case, data)
+        return lambda: [gradient * 1.001 for gradient in step()]
+
+    monkeypatch.setitem(checkpointing.LAST, "wrong", wrong)
+    case = contestants.Case(*SMALL, sequences=False)
+    with pytest.raises(SystemExit, match="wrong differs from every state kept"):
+        checkpointing.agreeing([checkpointing.STORED, "wrong"], case)
+
+
+def test_a_process_measures_time_and_memory():
+    import checkpointing
+    import memory
+
+    arguments = checkpointing.ROOT, *SMALL, False
+    seconds, mb = memory.numbers_of_a_process(
+        *arguments, script=checkpointing.__file__, limit=300
+    )
+    assert 0 < seconds < 100 < mb
+    with pytest.raises(subprocess.TimeoutExpired):
+        memory.numbers_of_a_process(
+            *arguments, script=checkpointing.__file__, limit=0.1
+        )
 
 
 def test_rows_of_truncation():
