@@ -366,7 +366,7 @@ def test_parts_of_the_batch(monkeypatch, constants, option):
 def test_roots_of_several_lengths_in_eager_mode():
     """One graph for every length must not round a root that the other pass does not."""
     function = bound(checkpoint_every="sqrt")
-    for steps in (5, 9, 26):
+    for steps in (9, 26):
         # The forward pass alone, of another length.
         function(*(tf.constant(a) for a in random_problem((B, 7, D, H))[:5]))
         problem = random_problem((B, steps, D, H), 1.0, False)
@@ -398,9 +398,7 @@ SAME = [
     few(
         itertools.product(SAME, ["", "all"]),
         lambda case, constants: (
-            case in [SAME[0], SAME[4], SAME[9]]
-            if constants == "all"
-            else case in [SAME[1], SAME[7]]
+            case == SAME[0] if constants == "all" else case in [SAME[1], SAME[9]]
         ),
     ),
 )
@@ -421,7 +419,7 @@ def test_same_blocks_give_the_same_bits(case, constants):
     ("option", "mode"),
     few(
         itertools.product(["sequences", "last"], ["plain", "eager", "graph"]),
-        lambda option, mode: mode == "plain" or (option, mode) == ("last", "graph"),
+        lambda option, mode: mode == "plain",
     ),
 )
 def test_second_derivatives(option, mode):
@@ -442,7 +440,7 @@ def test_second_derivatives(option, mode):
     ("every", "option"),
     few(
         itertools.product([2, "sqrt"], ["sequences", "last"]),
-        lambda every, option: (every == 2) == (option == "last"),
+        lambda every, option: (every, option) == ("sqrt", "sequences"),
     ),
 )
 def test_jacobian(every, option):

@@ -1,0 +1,554 @@
+"""Checkpoints with a truncation: windows that go back through time side by side.
+
+Against the brute force of `truncated_reference`, as `test_truncated.py` compares the pass
+that takes all windows back at once. Last, terms are broken one at a time.
+"""
+
+import functools
+import itertools
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import rng
+from mutation import assert_caught, copy_of_modules, without_graphs
+from test_truncated import (
+    FLOAT32,
+    MASKS,
+    MODULES,
+    WINDOWS,
+    B,
+    D,
+    H,
+    T,
+    arrays,
+    assert_equal,
+    check,
+    expected,
+    few,
+    function_of,
+    gradients,
+    second_order,
+    unrolled,
+)
+
+import keras_bptt.fused
+import keras_bptt.shards
+import keras_bptt.sliding
+from keras_bptt.truncation import Truncation
+
+# Blocks shorter and longer than windows, whole and broken ones, one, and more than steps.
+EVERY = [1, 2, 3, 4, 5, T - 1, T, T + 5, "sqrt"]
+CLIP = {"adjoint_clipnorm": 0.7}
+
+
+@pytest.mark.parametrize("every", EVERY, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_equals_brute_force(every, mask):
+    """For each block and mask one of the windows, all of them in turn."""
+    turn = 3 * EVERY.index(every) + list(MASKS).index(mask)
+    with without_graphs():
+        check(WINDOWS[turn % len(WINDOWS)], mask, checkpoint_every=every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", EVERY, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("options", [{}, CLIP], ids=["", "clipped"])
+def test_equals_brute_force_everywhere(every, mask, window, options):
+    with without_graphs():
+        check(window, mask, checkpoint_every=every, **options)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("mask", ["no mask", "holes"])
+def test_clipped_windows(window, mask):
+    """Each window for itself; one window where it holds all steps of an example."""
+    with without_graphs():
+        check(window, mask, checkpoint_every=4, **CLIP)
+
+
+OPTIONS = {
+    "backwards": {"go_backwards": True},
+    "zero": {"zero_output_for_mask": True},
+    "unrolled": {"unroll": True},
+    "two steps an iteration": {"unroll": 2},
+    "not kept": {"keep_states": False},
+    "last output": {"sequence": False},
+    "last output, clipped": {"sequence": False, **CLIP},
+}
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name != "backwards"])
+@pytest.mark.parametrize("window", [(4, 4), (5, 2)], ids=str)
+def test_options(option, window):
+    with without_graphs():
+        check(window, "holes", checkpoint_every=4, **OPTIONS[option])
+
+
+@pytest.mark.parametrize("window", [(4, 4), (5, 2)], ids=str)
+def test_backwards(window):
+    """What the sequence turned around gives forwards."""
+    problem, mask = arrays(), MASKS["holes"]
+    turned = problem[0][:, ::-1], *problem[1:]
+    options = {"return_sequences": True, "checkpoint_every": 4}
+    results = []
+    with without_graphs():
+        for x, m, back in ((problem, mask, True), (turned, mask[:, ::-1], False)):
+            constants = {"mask": tf.constant(m)}
+            function = function_of(
+                window, constants=constants, go_backwards=back, **options
+            )
+            results.append(gradients(function, x)[0])
+    results[1][0] = results[1][0][:, ::-1]
+    assert_equal(*results)
+
+
+def check_against_windows(window, every, names=(), activation="tanh", **more):
+    """By automatic differentiation of each window. Without masks, which it cannot read."""
+    modules = more.pop("modules", MODULES)
+    problem = arrays()
+    r = rng(5).choice([0.0, 1.25], size=(B, H)) if "r" in names else None
+    d = rng(6).choice([0.0, 1.25], size=(B, D)) if "d" in names else None
+    known = {"r": r, "d": d}
+    constants = {n: tf.constant(t) for n, t in known.items() if t is not None}
+    options = {"return_sequences": True, "checkpoint_every": every, **more}
+    ours = function_of(window, modules, activation, constants, **options)
+    f = getattr(keras.activations, activation)
+
+    def theirs(x, *others):
+        x = x if d is None else d[:, None] * x
+        return unrolled(window, x, *others, r=r, f=f)
+
+    with without_graphs():
+        got, outputs = gradients(ours, problem)
+        want, wanted = gradients(theirs, problem)
+    assert_equal(got, want)
+    for a, b in zip(outputs, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [(4, 4), (5, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "softmax"])
+def test_dropout_and_other_activations(window, activation):
+    """A slope from h, a slope from z, and a Jacobian that is not symmetric."""
+    check_against_windows(window, 4, ("d", "r"), activation)
+
+
+@pytest.mark.parametrize(
+    ("mode", "jit_compile", "window", "mask", "every"),
+    few(
+        itertools.product(
+            ["eager", "graph", "xla"],
+            [False, True],
+            [(4, 4), (5, 2), (3, 1), (7, 4)],
+            ["no mask", "holes"],
+            [2, 4, "sqrt"],
+        ),
+        lambda *case: (
+            case
+            in [
+                ("eager", False, (5, 2), "holes", "sqrt"),
+                ("xla", False, (7, 4), "holes", "sqrt"),
+            ]
+        ),
+    ),
+)
+def test_equals_brute_force_in_graphs(mode, jit_compile, window, mask, every):
+    options = {"jit_compile": jit_compile, "checkpoint_every": every}
+    check(window, mask, mode=mode, **options)
+
+
+@pytest.mark.parametrize(
+    ("steps", "window", "mask", "every", "clipped"),
+    few(
+        itertools.product(
+            [1, 2, 9, 17],
+            [(3, 3), (5, 2), (3, 1), (9, 4), (20, 7)],
+            MASKS,
+            [1, 4, 30, "sqrt"],
+            [False, True],
+        ),
+        lambda *case: (
+            case
+            in [
+                (1, (5, 2), "holes", 4, False),
+                (17, (5, 2), "holes", 4, True),
+                (17, (3, 3), "left", 30, False),
+                (9, (3, 1), "no mask", "sqrt", True),
+                (9, (20, 7), "right", 4, False),
+            ]
+        ),
+    ),
+)
+def test_unknown_number_of_steps(steps, window, mask, every, clipped):
+    mask, options = MASKS[mask], CLIP if clipped else {}
+    mask = None if mask is None else np.resize(mask, (B, steps))
+    problem = arrays(mask, True, steps)
+    function = function_of(
+        window,
+        constants={"mask": None if mask is None else tf.constant(mask)},
+        return_sequences=True,
+        jit_compile=True,
+        checkpoint_every=every,
+        **options,
+    )
+    got, _ = gradients(function, problem, unknown=True)
+    assert_equal(got, expected(problem, window, mask, **options))
+
+
+@pytest.mark.parametrize(
+    "window", [(5, 2), pytest.param((4, 4), marks=pytest.mark.slow)], ids=str
+)
+def test_a_window_of_all_steps_is_full_backpropagation(window):
+    """Where only run time tells: the same bits, whatever the blocks."""
+    problem = arrays(T=4)
+    options = {"return_sequences": True, "checkpoint_every": 3}
+    results = [
+        gradients(function_of(w, **options), problem, unknown=True)[0]
+        for w in (window, None)
+    ]
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("window", "mask"),
+    few(
+        itertools.product([(4, 4), (5, 2)], ["no mask", "holes"]),
+        lambda window, mask: (window, mask) == ((5, 2), "holes"),
+    ),
+)
+def test_parts_of_the_batch(monkeypatch, window, mask):
+    monkeypatch.setattr(keras_bptt.shards, "cores", lambda: 2)
+    monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
+    monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
+    calls = []
+    original = keras_bptt.fused.backward_of_shard
+    monkeypatch.setattr(
+        keras_bptt.fused,
+        "backward_of_shard",
+        lambda *args: calls.append(args) or original(*args),
+    )
+    check(window, mask, mode="graph", jit_compile=True, checkpoint_every=4)
+    assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("mask", ["no mask", "holes"])
+def test_float32(mask):
+    mask = MASKS[mask]
+    problem = arrays(mask)
+    function = function_of(
+        (5, 2),
+        constants={"mask": None if mask is None else tf.constant(mask)},
+        return_sequences=True,
+        checkpoint_every=4,
+        dtype="float32",
+    )
+    with without_graphs():
+        got, _ = gradients(function, problem, dtype="float32")
+    assert_equal(got, expected(problem, (5, 2), mask), FLOAT32)
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "last"])
+def test_second_order(sequence):
+    problem = arrays(None, sequence)
+    results = []
+    with without_graphs():
+        for every in (4, None):
+            options = {"return_sequences": sequence, "checkpoint_every": every}
+            function = function_of((5, 2), **options)
+            results.append(second_order(function, problem))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "last"])
+@pytest.mark.parametrize("window", [(4, 4), (5, 2), (3, 1)], ids=str)
+def test_gradient_ends_with_the_window(window, sequence):
+    """Outside of it exactly zero, inside not."""
+    steps, stride = window
+    x, W, U, h_0, b, *_ = map(tf.constant, arrays())
+    options = {"return_sequences": sequence, "checkpoint_every": 4}
+    function = function_of(window, **options)
+    with without_graphs():
+        for t in range(1, T + 1) if sequence else [T]:
+            with tf.GradientTape() as tape:
+                tape.watch([x, h_0])
+                y, _ = function(x, W, U, h_0, b)
+                loss = tf.reduce_sum(y[:, t - 1] ** 2 if sequence else y**2)
+            d_x, d_h_0 = tape.gradient(loss, [x, h_0])
+            end = T - stride * ((T - t) // stride)
+            inside = [max(1, end - steps + 1) <= j <= t for j in range(1, T + 1)]
+            size = np.max(np.abs(d_x), axis=2)
+            assert np.all((size > 1e-6) == inside)
+            assert np.all(size[:, ~np.array(inside)] == 0)
+            assert np.any(d_h_0 != 0) == (end <= steps)
+
+
+def test_rows_are_as_many_as_windows_hold_a_step():
+    """Their number is what a step of the pass costs."""
+    for (steps, stride), rows in zip(
+        [(3, 3), (3, 1), (5, 2), (4, 2), (9, 2)], [1, 3, 3, 2, 5], strict=True
+    ):
+        ds = tf.ones([B, H])
+        shape = keras_bptt.sliding.rows_of(Truncation(steps, stride), ds).shape
+        assert shape == (rows, B, H)
+
+
+# ------------------------------------------------------------------------------- mutations
+
+
+def first(window, mask, every=4, **more):
+    return functools.partial(check, window, mask, checkpoint_every=every, **more)
+
+
+def in_a_loop(modules):
+    with mock.patch.object(modules.blocks, "MOST", 1):
+        check((5, 2), "no mask", modules=modules, checkpoint_every=4)
+        check((5, 2), "holes", modules=modules, checkpoint_every=4, **CLIP)
+
+
+CHECKS = {
+    "chunks": [first((4, 4), "no mask"), first((4, 4), "left")],
+    "overlapping": [first((5, 2), "no mask"), first((8, 3), "holes")],
+    "whole levels": [first((4, 2), "right", 2), first((4, 2), "no mask", 5)],
+    "clipped": [
+        first((5, 2), "no mask", **CLIP),
+        first((4, 2), "right", **CLIP),
+        first((12, 5), "holes", **CLIP),
+        first((4, 4), "holes", **CLIP),
+        first((3, 1), "right", **CLIP),
+    ],
+    "dropout": [
+        lambda modules: check_against_windows((5, 2), 4, ("d", "r"), modules=modules),
+        lambda modules: check_against_windows(
+            (4, 4), 3, ("r",), "gelu", modules=modules
+        ),
+    ],
+    "in a loop": [lambda modules: in_a_loop(modules)],
+}
+
+
+def run_checks(name, modules):
+    for one in CHECKS[name]:
+        one(modules=modules)
+
+
+# The check that catches it, what is broken, module, text, and what it then reads.
+MUTATIONS = [
+    (
+        "overlapping",
+        "windows that stay in their blocks",
+        "sliding",
+        "older = tf.concat([tf.zeros_like(rows[:1]), rows[:-1]], 0)",
+        "older = rows",
+    ),
+    (
+        "whole levels",
+        "the oldest window begins anew",
+        "sliding",
+        "older = tf.concat([tf.zeros_like(rows[:1]), rows[:-1]], 0)",
+        "older = tf.roll(rows, 1, 0)",
+    ),
+    (
+        "overlapping",
+        "windows that become younger",
+        "sliding",
+        "older = tf.concat([tf.zeros_like(rows[:1]), rows[:-1]], 0)",
+        "older = tf.concat([rows[1:], tf.zeros_like(rows[:1])], 0)",
+    ),
+    (
+        "chunks",
+        "what comes back to the last step is of the block behind",
+        "sliding",
+        "tf.equal(done, 0) & (later > 0)",
+        "tf.equal(done, 0)",
+    ),
+    (
+        "overlapping",
+        "blocks from the start",
+        "sliding",
+        "block, done = later // k1, later % k1",
+        "block, done = later // k1, (later + 1) % k1",
+    ),
+    (
+        "overlapping",
+        "a window one step long",
+        "sliding",
+        "age * k1 + done < k2",
+        "age * k1 + done <= k2",
+    ),
+    (
+        "overlapping",
+        "a window one step short",
+        "sliding",
+        "age * k1 + done < k2",
+        "age * k1 + done < k2 - 1",
+    ),
+    (
+        "overlapping",
+        "windows without an end",
+        "sliding",
+        "new = tf.where(age * k1 + done < k2, new, tf.zeros_like(new))",
+        "",
+    ),
+    (
+        "whole levels",
+        "a window too few",
+        "sliding",
+        "(truncation.steps - 1) // truncation.stride + 1",
+        "(truncation.steps - 1) // truncation.stride",
+    ),
+    (
+        "chunks",
+        "windows that grow older at masked steps",
+        "sliding",
+        "rows = new if m is None else tf.where(m, new, rows)",
+        "rows = new",
+    ),
+    (
+        "overlapping",
+        "delta at masked steps",
+        "sliding",
+        "None, each(m), None)",
+        "None, None, None)",
+    ),
+    (
+        "overlapping",
+        "losses in every window",
+        "sliding",
+        "rows += tf.where(tf.equal(age, entry), e, tf.zeros_like(e))",
+        "rows += e",
+    ),
+    (
+        "overlapping",
+        "losses in the next older window",
+        "sliding",
+        "tf.equal(age, entry)",
+        "tf.equal(age, entry + 1)",
+    ),
+    (
+        "overlapping",
+        "delta of the youngest window alone",
+        "sliding",
+        "return back, tf.reduce_sum(delta, 0)",
+        "return back, delta[0]",
+    ),
+    (
+        "overlapping",
+        "what comes back, in the oldest window",
+        "sliding",
+        "[[0, _windows(truncation) - 1], [0, 0], [0, 0]]",
+        "[[_windows(truncation) - 1, 0], [0, 0], [0, 0]]",
+    ),
+    (
+        "overlapping",
+        "every step is a block's first",
+        "sliding",
+        "*batch_major_at(t, e, mask), last - t",
+        "*batch_major_at(t, e, mask), last",
+    ),
+    (
+        "overlapping",
+        "steps counted from the end of a checkpoint's block",
+        "fused",
+        "tf.convert_to_tensor(blocks.steps - 1 - start)",
+        "tf.convert_to_tensor(size - 1)",
+    ),
+    (
+        "overlapping",
+        "one window reaches h_0",
+        "fused",
+        "d_h_0 = tf.reduce_sum(d_h_0, 0)",
+        "d_h_0 = d_h_0[0]",
+    ),
+    (
+        "clipped",
+        "several windows of one that holds all",
+        "sliding",
+        "entry = tf.where(real <= k2, block, 0)",
+        "entry = 0",
+    ),
+    (
+        "clipped",
+        "one window only where it is longer",
+        "sliding",
+        "tf.where(real <= k2, block, 0)",
+        "tf.where(real < k2, block, 0)",
+    ),
+    (
+        "clipped",
+        "one window of the losses of several",
+        "sliding",
+        "tf.where(real <= k2, block, 0)",
+        "tf.where(real <= k2 + 1, block, 0)",
+    ),
+    (
+        "clipped",
+        "masked steps counted",
+        "fused",
+        "size_of(x, 1) - masked_steps(mask)",
+        "size_of(x, 1) - 0 * masked_steps(mask)",
+    ),
+    (
+        "clipped",
+        "clip the sum of the windows",
+        "scans",
+        "tf.norm(ratio, axis=-1, keepdims=True)",
+        "tf.norm(ratio)",
+    ),
+    (
+        "dropout",
+        "factors of another example",
+        "sliding",
+        "tf.tile(r, [number, 1])",
+        "tf.repeat(r, number, axis=0)",
+    ),
+    (
+        "dropout",
+        "states of another example",
+        "sliding",
+        "return t if t is None else tf.tile(t, [number, 1])",
+        "return t if t is None else tf.repeat(t, number, axis=0)",
+    ),
+    (
+        "dropout",
+        "without r on the way back",
+        "sliding",
+        "None if r is None else tf.tile(r, [number, 1])",
+        "None",
+    ),
+    (
+        "in a loop",
+        "blocks in the wrong order",
+        "blocks",
+        "j = count - 1 - i if reverse else i",
+        "j = i",
+    ),
+    (
+        "in a loop",
+        "run the steps that pad the last block",
+        "sliding",
+        "valid=valid,",
+        "valid=None,",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_checks_pass_on_copies(name):
+    """The control of the mutations: a copy that nothing is changed in passes."""
+    with without_graphs():
+        run_checks(name, copy_of_modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "old", "new"),
+    [(name, *rest) for name, _, *rest in MUTATIONS],
+    ids=[f"{m[1]}, {m[0]}" for m in MUTATIONS],
+)
+def test_mutation_is_caught(name, module, old, new):
+    assert_caught(functools.partial(run_checks, name), module, old, new)
