@@ -284,10 +284,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
         shapes = super().compute_output_shape(sequences_shape, initial_state_shape)
         if self.output_layer is None:
             return shapes
-        states = shapes[1:] if self.return_state else ()
-        shape = shapes[0] if self.return_state else shapes
-        shape = (*shape[:-1], self.output_layer.units)
-        return (shape, *states) if self.return_state else shape
+        if self.return_state:
+            return (*shapes[0][:-1], self.output_layer.units), *shapes[1:]
+        return *shapes[:-1], self.output_layer.units
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         self._check_inputs(sequences.shape)
@@ -337,9 +336,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
         if not self.return_sequences:
             y = y if g is None else g(y)
             return y, y[:, None], [state]
-        if g is not None and g.activation is not None:
-            # Keras' function, as it is: losses look for the logits behind a softmax.
-            y = g.activation(y)
+        # Keras' function, as it is: losses look for the logits behind a softmax.
+        y = y if g is None else g.activation(y)
         return y[:, -1], y, [state]
 
     def _output_layer(self, units, activation):
