@@ -51,12 +51,13 @@ def peak_mb(function):
 
 
 def in_memory(checkpoint_every, timesteps):
-    """Peak memory and gradients of a training step; for a process of its own."""
+    """What peak memory grows by in a long training step, over that of a short one; and the
+    gradients. For a process of its own.
+    """
     batch, features, units = 8, 8, 128
     keras.utils.set_random_seed(0)
     layer = BPTTRNN(units, checkpoint_every=checkpoint_every)
     layer.build((batch, timesteps, features))
-    x = tf.random.stateless_normal((batch, timesteps, features), [0, 0])
 
     @tf.function
     def step(x):
@@ -64,8 +65,13 @@ def in_memory(checkpoint_every, timesteps):
             loss = tf.reduce_mean(layer(x, training=True) ** 2)
         return tape.gradient(loss, layer.trainable_variables)
 
-    mb = peak_mb(lambda: step(x))
-    return mb, [gradient.numpy() for gradient in step(x)]
+    def of(steps):
+        x = tf.random.stateless_normal((batch, steps, features), [0, 0])
+        return peak_mb(lambda: step(x)), [gradient.numpy() for gradient in step(x)]
+
+    base, _ = of(SHORT)
+    mb, gradients = of(timesteps)
+    return over(mb, base), gradients
 
 
 def over(mb, base):
@@ -90,18 +96,15 @@ def difference(gradients, others):
 def compare_in_memory(timesteps):
     """Prints the memory of the two forms, and how much their gradients differ."""
     forms = {"every state kept": None, "sqrt": "sqrt"}
-    calls = [(form, steps) for form in forms.values() for steps in (SHORT, timesteps)]
-    # A process for each call, two at a time.
+    calls = [(form, timesteps) for form in forms.values()]
+    # A process for each call.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         results = pool.starmap(in_memory, calls, chunksize=1)
     print(f"1. In memory, {timesteps:,} steps: peak memory over that of {SHORT} steps")
-    growth, gradients = {}, []
-    for name, (short, _), (long, own) in zip(
-        forms, results[::2], results[1::2], strict=True
-    ):
-        growth[name] = over(long, short)
-        gradients.append(own)
-        print(f"   {name:<20}{shown(growth[name])}")
+    growth = {name: mb for name, (mb, _) in zip(forms, results, strict=True)}
+    gradients = [own for _, own in results]
+    for name, mb in growth.items():
+        print(f"   {name:<20}{shown(mb)}")
     error = difference(*gradients)
     print(f"   relative difference of the gradients: {error:.1e}\n", flush=True)
     return {"growth_mb": growth, "difference": error}
