@@ -75,6 +75,12 @@ def few(cases, chosen):
     ]
 
 
+def some(chosen, *axes):
+    """The chosen cases; and all others of the axes, which take long, together."""
+    others = (case for case in itertools.product(*axes) if case not in chosen)
+    return [*chosen, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
+
+
 # --- Against SimpleRNN
 
 OPTIONS = {
@@ -94,30 +100,27 @@ OPTIONS = {
     "unrolled": {"unroll": True, "return_sequences": True},
     "regularized": {"recurrent_regularizer": "l2", "kernel_regularizer": "l1"},
 }
-EVERY = [1, 2, 3, 20, "sqrt"]
 
 
 @pytest.mark.parametrize(
     ("option", "masked", "mode", "every", "training"),
-    few(
-        itertools.product(
-            OPTIONS, [False, True], ["plain", *MODES], EVERY, [True, False]
-        ),
-        lambda *case: (
-            case
-            in [
-                *(
-                    (option, True, "plain", [3, "sqrt"][i % 2], True)
-                    for i, option in enumerate(OPTIONS)
-                ),
-                ("sequence and state", False, "eager", 2, False),
-                ("last output", True, "eager", "sqrt", True),
-                ("last output", True, "graph", 2, True),
-                ("both dropouts", False, "graph", "sqrt", True),
-                ("sequence and state", True, "xla", 3, True),
-                ("last output", False, "graph", 20, False),
-            ]
-        ),
+    some(
+        [
+            *(
+                (option, True, "plain", [3, "sqrt"][i % 2], True)
+                for i, option in enumerate(OPTIONS)
+            ),
+            ("sequence and state", False, "eager", 2, False),
+            ("last output", True, "eager", "sqrt", True),
+            ("both dropouts", False, "graph", "sqrt", True),
+            ("sequence and state", True, "xla", 3, True),
+            ("last output", False, "graph", 20, False),
+        ],
+        OPTIONS,
+        [False, True],
+        MODES,
+        [3, "sqrt"],
+        [True],
     ),
 )
 def test_option(option, masked, mode, every, training):
@@ -134,17 +137,11 @@ def test_option(option, masked, mode, every, training):
 
 @pytest.mark.parametrize(
     ("jit_compile", "option", "mode"),
-    few(
-        itertools.product([False, True, "auto"], OPTIONS, ["eager", "graph"]),
-        lambda *case: (
-            case
-            in [
-                (True, "sequence and state", "eager"),
-                (True, "last output", "graph"),
-                ("auto", "gelu", "graph"),
-                (False, "sequence and state", "graph"),
-            ]
-        ),
+    some(
+        [(True, "last output", "graph"), (False, "sequence and state", "graph")],
+        [True, "auto"],
+        OPTIONS,
+        ["eager", "graph"],
     ),
 )
 def test_compiled_and_not(jit_compile, option, mode):
@@ -159,9 +156,11 @@ def test_compiled_and_not(jit_compile, option, mode):
 def test_stateful(every):
     """The state goes on from batch to batch, as that of SimpleRNN."""
     results = []
+    first, second = (random_inputs(B, T, D, seed=seed) for seed in (1, 4))
     for layer in pair_of(every, stateful=True, return_sequences=True):
-        layer(tf.constant(random_inputs(B, T, D)), training=True)
-        results.append(evaluate(layer, random_inputs(B, T, D, seed=4), training=True))
+        with without_graphs():
+            layer(tf.constant(first), training=True)
+            results.append(evaluate(layer, second, training=True))
     assert_same(results[1], results[0])
 
 
@@ -184,7 +183,8 @@ def test_bidirectional(masked, every):
         layer.set_weights([*random_weights(), *random_weights(seed=7)])
         call = {"mask": MASK} if masked else {}
         x = random_inputs(B, T, D)
-        results.append(evaluate(layer, x, training=True, **call))
+        with without_graphs():
+            results.append(evaluate(layer, x, training=True, **call))
         if own:
             assert layer.forward_layer.checkpoint_every == every
             assert layer.backward_layer.checkpoint_every == every
@@ -201,8 +201,9 @@ def test_other_precisions(policy, tolerance):
     theirs, _ = pair(**options)
     _, ours = pair_of(3, dtype=policy, **options)
     x, call = random_inputs(B, T, D), {"state": STATE, "mask": MASK}
-    expected = evaluate(theirs, x, **call)
-    got = evaluate(ours, x, training=True, **call)
+    with without_graphs():
+        expected = evaluate(theirs, x, **call)
+        got = evaluate(ours, x, training=True, **call)
     assert got["d_0_kernel"].dtype == np.float32
     assert got["d_x"].dtype == got["y0"].dtype == ours.compute_dtype
     for name, array in expected.items():
@@ -214,7 +215,7 @@ def test_other_precisions(policy, tolerance):
     ("every", "mode"),
     few(
         itertools.product([3, "sqrt"], MODES),
-        lambda every, mode: (every, mode) in [(3, "graph"), ("sqrt", "eager")],
+        lambda every, mode: (every, mode) == ("sqrt", "graph"),
     ),
 )
 def test_one_model_for_several_lengths(every, mode):
@@ -295,7 +296,7 @@ def check_combination(problem):
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=5, derandomize=True, database=None, **QUIET)
+@settings(max_examples=4, derandomize=True, database=None, **QUIET)
 @given(problems())
 def test_combination(problem):
     check_combination(problem)
@@ -328,15 +329,15 @@ def layer_of(every, policy=None, seed=0, **options):
 @pytest.mark.parametrize(
     ("policy", "sequence", "clip", "mode"),
     few(
-        itertools.product(POLICIES, [True, False], [None, 0.7], ["eager", "graph"]),
+        itertools.product(POLICIES, [True, False], [None, 0.7], ["plain", "graph"]),
         lambda *case: (
             case
             in [
-                ("overlapping", True, 0.7, "eager"),
-                ("overlapping", False, None, "eager"),
-                ("chunks", True, None, "eager"),
+                ("overlapping", True, 0.7, "plain"),
+                ("overlapping", False, None, "plain"),
+                ("chunks", True, None, "plain"),
                 ("randomized", True, 0.7, "graph"),
-                ("randomized", False, None, "eager"),
+                ("randomized", False, None, "plain"),
             ]
         ),
     ),
@@ -344,17 +345,24 @@ def layer_of(every, policy=None, seed=0, **options):
 def test_truncation(policy, sequence, clip, mode):
     """The gradient of the same layer without checkpoints; of the same draw."""
     options = {"return_sequences": sequence, "adjoint_clipnorm": clip}
-    x, call = random_inputs(B, T, D), {"state": STATE, "mask": MASK, "training": True}
-    expected, got = (
-        evaluate(layer_of(every, POLICIES[policy], **options), x, mode, **call)
-        for every in (None, 3)
-    )
+    layers = [layer_of(every, POLICIES[policy], **options) for every in (None, 3)]
+    layers.append(layer_of(3, **options))
+    with without_graphs() if mode == "plain" else contextlib.nullcontext():
+        expected, got, whole = (
+            evaluate(
+                layer,
+                random_inputs(B, T, D),
+                "eager" if mode == "plain" else mode,
+                state=STATE,
+                mask=MASK,
+                training=True,
+            )
+            for layer in layers
+        )
     # Of the paths to the initial state none may be left.
     assert_same(got, expected, dead=() if sequence else ("d_state0",))
-    whole = evaluate(layer_of(3, **options), x, mode, **call)
-    assert relative_error(
-        whole["d_1_recurrent_kernel"], got["d_1_recurrent_kernel"]
-    ) > (1e-2)
+    name = "d_1_recurrent_kernel"
+    assert relative_error(whole[name], got[name]) > 1e-2, "the policy changed nothing"
 
 
 def test_randomized_truncation_draws_once_a_call():
@@ -419,7 +427,7 @@ def padded_inputs():
 @pytest.mark.parametrize("every", ["sqrt", pytest.param(3, marks=pytest.mark.slow)])
 def test_keras_file(every, tmp_path):
     """Training goes on as if nothing was."""
-    model = model_of(every, return_sequences=True)
+    model = model_of(every, return_sequences=True, jit_compile=False)
     x, y = padded_inputs(), random_inputs(B, T, H, seed=3)
     model.train_on_batch(x, y)
     model.save(tmp_path / "model.keras")
@@ -431,14 +439,17 @@ def test_keras_file(every, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("every", ["sqrt", pytest.param(3, marks=pytest.mark.slow)])
-def test_fit_as_without_checkpoints(every):
+@pytest.mark.parametrize(
+    ("every", "jit_compile"),
+    some([("sqrt", False)], [3, "sqrt"], [False, "auto"]),
+)
+def test_fit_as_without_checkpoints(every, jit_compile):
     """Batches of two sizes, of one length each; the loss falls as it does without."""
     x = random_inputs(40, 10, D).astype("float32")
     y = np.repeat(x[..., :1].sum(1), H, 1)
     losses = []
     for c in (every, None):
-        model = model_of(c)
+        model = model_of(c, jit_compile=jit_compile)
         fit = model.fit(x, y, epochs=3, batch_size=16, shuffle=False, verbose=0)
         losses.append(fit.history["loss"])
     assert losses[0][-1] < 0.95 * losses[0][0]
@@ -449,7 +460,7 @@ def test_fit_as_without_checkpoints(every):
     ("every", "sequence"),
     few(
         itertools.product([3, "sqrt"], [True, False]),
-        lambda every, sequence: sequence == (every == "sqrt"),
+        lambda every, sequence: (every, sequence) == (3, True),
     ),
 )
 def test_export_has_a_gradient(every, sequence, tmp_path):
