@@ -32,7 +32,7 @@ MODES = {
 MIXED_MASK = np.array([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
 
 
-def marked(cases, chosen):
+def few(cases, chosen):
     """All cases; those that are not chosen take long, together."""
     slow = pytest.mark.slow
     return [pytest.param(*case, marks=[slow] * (not chosen(*case))) for case in cases]

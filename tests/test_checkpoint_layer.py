@@ -24,6 +24,7 @@ from helpers import (
     H,
     assert_same,
     evaluate,
+    few,
     pair,
     plain,
     random_inputs,
@@ -65,14 +66,6 @@ def check(every, mode="eager", options=None, own=None, **call):
         mode = "eager" if mode == "plain" else mode
         expected = evaluate(theirs, x, plain(mode) if random else "eager", **call)
         assert_same(evaluate(ours, x, mode, **call), expected)
-
-
-def few(cases, chosen):
-    """All cases; those that are not chosen take long, together."""
-    return [
-        pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 def some(chosen, *axes):

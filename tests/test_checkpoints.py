@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLOAT64, relative_error, rng
+from helpers import FLOAT64, few, relative_error, rng
 from mutation import assert_caught, copy_of_modules, without_graphs
 from test_recurrence import (
     MASKS,
@@ -46,14 +46,6 @@ ROWS = ("none", "left", "right", "holes", "all")
 SHAPE = B, T, D, H = len(ROWS), 6, 4, 3
 # More blocks than steps, whole and broken blocks, one block, and more than there are steps.
 EVERY = [1, 2, 3, T - 1, T, T + 5, "sqrt"]
-
-
-def few(cases, chosen):
-    """All cases; those that are not chosen take long, together."""
-    return [
-        pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 def some(chosen, *axes):

@@ -19,7 +19,7 @@ from helpers import (
     D,
     H,
     T,
-    marked,
+    few,
     pair,
     plain,
     random_inputs,
@@ -141,7 +141,7 @@ EAGERLY += ["dropout", "backwards, no bias"]
 
 @pytest.mark.parametrize(
     ("case", "mode"),
-    marked(
+    few(
         itertools.product(CASES, MODES),
         lambda case, mode: case in (EAGERLY if mode == "eager" else IN_GRAPHS),
     ),

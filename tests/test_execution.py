@@ -20,7 +20,7 @@ from helpers import (
     assert_same,
     compare,
     evaluate,
-    marked,
+    few,
     pair,
     random_inputs,
     relative_error,
@@ -221,7 +221,7 @@ def test_a_forward_pass_in_a_graph_under_an_eager_tape(compiled):
 
 @pytest.mark.parametrize(
     ("activation", "sequence", "masked", "mode"),
-    marked(
+    few(
         itertools.product(["tanh", "gelu"], *[[False, True]] * 2, ["graph", "xla"]),
         lambda activation, sequence, masked, mode: (
             activation == "tanh" and (mode == "graph" or sequence == masked)

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import MODES, marked, relative_error, rng
+from helpers import MODES, few, relative_error, rng
 from mutation import assert_caught, copy_of_modules, without_graphs
 
 import keras_bptt.activations
@@ -226,7 +226,7 @@ in_graphs = pytest.mark.parametrize("mode", ["graph", "xla"])
 @pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize(
     ("activation", "shape"),
-    marked(
+    few(
         itertools.product(ACTIVATIONS, SHAPES),
         lambda activation, shape: activation == "tanh" or shape in ("usual", "long"),
     ),
@@ -389,7 +389,7 @@ each_masked_output = pytest.mark.parametrize(
 @each_masked_output
 @pytest.mark.parametrize(
     ("activation", "go_backwards", "dropout"),
-    marked(
+    few(
         itertools.product(KINDS, [False, True], [False, True]),
         lambda activation, go_backwards, dropout: go_backwards == dropout,
     ),

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import MODES, marked, relative_error, rng
+from helpers import MODES, few, relative_error, rng
 from mutation import assert_caught, copy_of_modules, without_graphs
 
 import keras_bptt.activations
@@ -135,7 +135,7 @@ def test_masked_states(activation):
 
 @pytest.mark.parametrize(
     ("activation", "mode"),
-    marked(
+    few(
         itertools.product(KINDS, MODES),
         lambda activation, mode: (mode == "eager") == (activation in KINDS[1:3]),
     ),
@@ -266,7 +266,7 @@ def test_adjoint_scan(reverse, transposed, mixing):
 
 @pytest.mark.parametrize(
     ("transposed", "mixing", "reverse", "mode"),
-    marked(
+    few(
         [(*L, *rest) for L in LS for rest in itertools.product([True, False], MODES)],
         lambda transposed, mixing, reverse, mode: (
             mode != "xla" or transposed == reverse

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLOAT64, MODES, marked, random_weights, relative_error, rng
+from helpers import FLOAT64, MODES, few, random_weights, relative_error, rng
 from mutation import assert_caught, copy_of_modules, without_graphs
 
 import keras_bptt.activations
@@ -161,7 +161,7 @@ def check(window, mask="no mask", sequence=True, mode="eager", modules=MODULES, 
 
 @pytest.mark.parametrize(
     ("window", "mask", "sequence"),
-    marked(
+    few(
         itertools.product(WINDOWS, MASKS, [True, False]),
         # Every window; and one of them with every mask, and for the last output.
         lambda window, mask, sequence: (
@@ -175,7 +175,7 @@ def test_equals_brute_force(window, mask, sequence):
 
 @pytest.mark.parametrize(
     ("mode", "window", "mask"),
-    marked(
+    few(
         itertools.product(["graph", "xla"], FEW_WINDOWS, ["no mask", "holes"]),
         lambda mode, window, mask: (
             (mode, window, mask)
@@ -189,7 +189,7 @@ def test_equals_brute_force_in_graphs(mode, window, mask):
 
 @pytest.mark.parametrize(
     ("steps", "window", "mask", "sequence"),
-    marked(
+    few(
         itertools.product(
             [1, 2, 9, 17],
             [(3, 3), (5, 2), (3, 1), (9, 4), (20, 7)],
@@ -224,7 +224,7 @@ def test_unknown_number_of_steps(steps, window, mask, sequence):
 
 @pytest.mark.parametrize(
     ("window", "mask", "sequence"),
-    marked(
+    few(
         itertools.product(
             [(4, 4), (3, 1), (5, 2), (8, 3), (12, 5)], MASKS, [True, False]
         ),
@@ -240,7 +240,7 @@ def test_clipped_windows(window, mask, sequence):
 
 @pytest.mark.parametrize(
     ("mask", "mode"),
-    marked(
+    few(
         itertools.product(["no mask", "holes"], MODES),
         lambda mask, mode: mask == "holes",
     ),
@@ -401,7 +401,7 @@ SECOND_ORDER = [(4, 4), (3, 1), (5, 2)]
 
 @pytest.mark.parametrize(
     ("window", "sequence"),
-    marked(
+    few(
         itertools.product(SECOND_ORDER, [True, False]),
         lambda window, sequence: sequence == (window != (5, 2)),
     ),
@@ -439,7 +439,7 @@ def test_second_order_of_clipped_gradients(window):
 
 @pytest.mark.parametrize(
     ("window", "mask"),
-    marked(
+    few(
         itertools.product(SECOND_ORDER, ["left", "holes"]),
         lambda window, mask: mask == "holes" and window == (5, 2),
     ),
@@ -450,7 +450,7 @@ def test_second_order_with_a_mask(window, mask):
 
 @pytest.mark.parametrize(
     ("window", "mask"),
-    marked(
+    few(
         itertools.product([*SECOND_ORDER, (12, 5)], ["left", "right", "holes"]),
         lambda window, mask: (window, mask) == ((5, 2), "right"),
     ),
@@ -461,7 +461,7 @@ def test_second_order_of_clipped_gradients_with_a_mask(window, mask):
 
 @pytest.mark.parametrize(
     ("window", "activation"),
-    marked(
+    few(
         itertools.product([(4, 4), (5, 2)], ["softmax", "gelu"]),
         lambda window, activation: (window == (5, 2)) == (activation == "softmax"),
     ),
@@ -480,7 +480,7 @@ def draw(seed=7):
 
 @pytest.mark.parametrize(
     ("mask", "sequence", "mode"),
-    marked(
+    few(
         itertools.product(MASKS, [True, False], MODES),
         lambda mask, sequence, mode: mask == "holes" and (sequence or mode == "eager"),
     ),
@@ -582,7 +582,7 @@ DEPTH = [(32, 32), (32, 16), (32, 8), (32, 5), (32, 1)]
 
 @pytest.mark.parametrize(
     ("window", "steps", "masked"),
-    marked(
+    few(
         itertools.product(DEPTH, [512, 4096], [False, True]),
         lambda window, steps, masked: (
             (window, masked)

@@ -22,7 +22,7 @@ from helpers import (
     H,
     assert_same,
     evaluate,
-    marked,
+    few,
     random_inputs,
     random_weights,
     relative_error,
@@ -150,7 +150,7 @@ def check(layer, mode="eager", tolerance=FLOAT64, known=True, **call):
 
 
 def slow_where(values, slow):
-    return marked(values, lambda *value: not slow(*value))
+    return few(values, lambda *value: not slow(*value))
 
 
 # Overlapping windows, and the others where time is no matter.
@@ -181,7 +181,7 @@ OPTIONS = {
 }
 
 
-def few(option, window, masked):
+def slow_option(option, window, masked):
     if window == "overlapping":
         return masked == (option in ("last output", "clipped"))
     return not (masked and option == "sequence and state")
@@ -189,7 +189,7 @@ def few(option, window, masked):
 
 @pytest.mark.parametrize(
     ("option", "window", "masked"),
-    slow_where(itertools.product(OPTIONS, WINDOWS, [False, True]), few),
+    slow_where(itertools.product(OPTIONS, WINDOWS, [False, True]), slow_option),
 )
 def test_equals_brute_force(option, window, masked):
     call = {"mask": MASK} if masked else {}
