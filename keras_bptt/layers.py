@@ -351,7 +351,6 @@ class BPTTRNN(keras.layers.SimpleRNN):
                 return initializer
             return type(initializer).from_config(config)
 
-        # After the cell, and so are its weights.
         return keras.layers.Dense(
             units,
             activation=activation,
