@@ -326,13 +326,56 @@ def test_adjoint_clipnorm_in_a_global_float16():
         keras.config.set_dtype_policy("float32")
 
 
+# --- The output layer
+
+
+@pytest.mark.parametrize("output_units", [0, -1, 2.5, 3.0, True, "8", [3]], ids=repr)
+def test_output_units(output_units):
+    received = re.escape(f"Received: output_units={output_units!r}")
+    with pytest.raises(
+        ValueError, match=f"`output_units`.*positive integer.*None.*{received}"
+    ):
+        BPTTRNN(H, output_units=output_units)
+    with pytest.raises(ValueError, match=received):
+        BPTTRNN(H, output_units=output_units, output_activation="tanh")
+
+
+@pytest.mark.parametrize("output_units", [np.int32(3), np.int64(3)], ids=repr)
+def test_output_units_may_be_any_integer(output_units):
+    layer = BPTTRNN(H, output_units=output_units)
+    assert type(layer.get_config()["output_units"]) is int
+    assert layer(inputs()).shape == (B, 3)
+
+
+@pytest.mark.parametrize("g", ["softmax", np.tanh], ids=["name", "function"])
+def test_output_activation_without_output_units(g):
+    received = re.escape(f"output_units=None, output_activation={g!r}")
+    with pytest.raises(
+        ValueError, match=f"which `output_units` makes.*{received}.*as `activation`"
+    ):
+        BPTTRNN(H, output_activation=g)
+
+
+def test_unknown_output_activation():
+    with pytest.raises(ValueError, match="no_such_function"):
+        BPTTRNN(H, output_units=3, output_activation="no_such_function")
+
+
+@pytest.mark.parametrize("shape", [(B, 3), (B, H + 1)], ids=["outputs", "other"])
+def test_state_of_a_layer_with_outputs(shape):
+    """It is h, of `units`, not o."""
+    with pytest.raises(ValueError, match="one `initial_state`.*batch, units"):
+        BPTTRNN(H, output_units=3)(inputs(), initial_state=tf.zeros(shape))
+
+
 def test_arguments_are_keywords():
     """Behind those of SimpleRNN, whose places they must not take."""
     places = [*inspect.signature(keras.layers.SimpleRNN.__init__).parameters]
     ours = inspect.signature(BPTTRNN.__init__).parameters
-    assert ours["truncation"].kind is ours["adjoint_clipnorm"].kind
-    assert ours["truncation"].kind is inspect.Parameter.KEYWORD_ONLY
-    assert "truncation" not in places
+    added = ("truncation", "adjoint_clipnorm", "output_units", "output_activation")
+    for name in added:
+        assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY, name
+        assert name not in places
 
 
 # --- Backend
