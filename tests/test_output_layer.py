@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLOAT64, MODES, relative_error, rng
+from helpers import FLOAT64, MODES, few, relative_error, rng
 from mutation import assert_caught, copy_of_modules, without_graphs
 
 import keras_bptt.activations
@@ -167,14 +167,6 @@ def assert_close(got, expected, tolerance=FLOAT64):
         assert got[name].shape == array.shape, name
         error = relative_error(got[name], array)
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
-
-
-def few(cases, chosen):
-    """All cases; those that are not chosen take long, together."""
-    return [
-        pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 # ---------------------------------------------------------------- against the reference
@@ -891,8 +883,8 @@ MUTATIONS = [
         "plain",
         "e without V",
         "fused",
-        "q, e = to_time_major(e), tf.tensordot(e, V, [[2], [1]])",
-        "q, e = to_time_major(e), tf.tensordot(e, V, [[2], [1]]) if V.shape[1] < 5 else e",
+        "e, q = tf.tensordot(e, V, [[2], [1]]), to",
+        "e, q = tf.tensordot(e, V, [[2], [1]]) if V.shape[1] < 5 else e, to",
     ),
     (
         "plain",
@@ -919,8 +911,8 @@ MUTATIONS = [
         "plain",
         "e for q in dV",
         "fused",
-        "sum_of_products(h, q)",
-        "sum_of_products(h, q if V.shape[1] < 5 else to_time_major(e))",
+        "first, h, r, inputs, q)\n        d_x",
+        "first, h, r, inputs, q if V.shape[1] < 5 else to_time_major(e))\n        d_x",
     ),
     (
         "plain",
@@ -989,22 +981,22 @@ MUTATIONS = [
         "masks",
         "cotangents of hidden outputs",
         "fused",
-        "e = where(c_t, e)",
-        "",
+        "where(c_t, e), None",
+        "e, None",
     ),
     (
         "masks",
         "cotangents of hidden outputs, in dV alone",
         "fused",
-        "q, e = to_time_major(e), tf",
-        "q, e = to_time_major(cut(cotangents, start, size)), tf",
+        "[[2], [1]]), to_time_major(e)",
+        "[[2], [1]]), to_time_major(cut(cotangents, start, size))",
     ),
     (
         "masks",
         "dV of unmasked steps alone",
         "fused",
-        "sum_of_products(h, q)",
-        "sum_of_products(h, tf.where(tf.transpose(m)[:, :, None], q, 0 * q))",
+        "first, h, r, inputs, q)\n        d_x",
+        "first, h, r, inputs, where(tf.transpose(m)[:, :, None], q))\n        d_x",
     ),
     (
         "masks",

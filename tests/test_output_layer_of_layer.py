@@ -23,6 +23,7 @@ from helpers import (
     T,
     assert_same,
     evaluate,
+    few,
     plain,
     random_inputs,
     random_weights,
@@ -100,14 +101,6 @@ def compare(x, mode="eager", tolerance=FLOAT64, *, dead=(), options=None, **call
     random = any(map(options.get, draws)) and call.get("training")
     expected = evaluate(theirs, x, plain(mode) if random else "eager", **call)
     assert_same(evaluate(ours, x, mode, **call), expected, tolerance, dead)
-
-
-def few(cases, chosen):
-    """All cases; those that are not chosen take long, together."""
-    return [
-        pytest.param(*case, marks=[] if chosen(*case) else pytest.mark.slow)
-        for case in cases
-    ]
 
 
 # --- Output activations
