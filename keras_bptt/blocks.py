@@ -23,6 +23,7 @@ import tensorflow as tf
 
 from keras_bptt.execution import within_xla
 from keras_bptt.loops import size_of, stack
+from keras_bptt.passes import where
 
 # What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
 # quicker: between two of them one part of the batch waits for the products of another. But
@@ -198,7 +199,14 @@ def padded(x, blocks, axis=1):
     x = in_one_piece(x)
     if blocks.whole:
         return x
-    missing = blocks.count * blocks.size - size_of(x, axis)
+    steps, number = size_of(x, axis), blocks.count * blocks.size
+    if within_xla():
+        # By places: where float64 rows of four lack a last step, what XLA makes of tf.pad
+        # on a CPU writes past its end (TensorFlow 2.21).
+        place = tf.range(number)
+        real = tf.reshape(place < steps, [-1] + [1] * (len(x.shape) - axis - 1))
+        return where(real, tf.gather(x, tf.minimum(place, steps - 1), axis=axis))
+    missing = number - steps
     before = [[0, 0]] * axis
     after = [[0, 0]] * (len(x.shape) - axis - 1)
     return tf.pad(x, [*before, [0, missing], *after])
