@@ -118,7 +118,7 @@ def constants_of(names, steps=T, dtype="float64"):
         "mask": mask,
         "d": random.choice([0.0, 1.25], size=(B, D)),
         "r": random.choice([0.0, 1.25], size=(B, H)),
-        "factors": random.choice([0.0, 1.25], size=(B, steps)),
+        "factors": random.choice([0.9, 1.25], size=(B, steps)),  # none ends a path
     }
     return {
         name: tf.constant(array, tf.bool if name == "mask" else dtype)
@@ -203,7 +203,7 @@ def check(
     got = results(every, activation, names, mode, modules, dtype, shape, **options)
     plain = {k: v for k, v in options.items() if k not in ("jit_compile", "unroll")}
     want = stored(activation, tuple(names), shape, tuple(plain.items()))
-    assert np.max(np.abs(want["d_h_0"])) > 0.01
+    assert np.max(np.abs(want["d_h_0"])) > 1e-3, "vanished: nothing was tested"
     assert_close(got, want, tolerance)
 
 
@@ -348,12 +348,18 @@ def test_parts_of_the_batch(monkeypatch, constants, option):
     monkeypatch.setattr(
         keras_bptt.fused,
         "backward_of_shard",
-        lambda *args: parts.append(args[1:8]) or original(*args),
+        lambda options, *args: (
+            parts.append(args[6]) or original(options, *args)
+            if options.checkpoint_every
+            else original(options, *args)
+        ),
     )
     options = {"jit_compile": True, **OPTIONS[option]}
     check(2, "tanh", CONSTANTS[constants], "graph", **options)
-    batches = [kept.shape for *_, kept in parts]
-    assert batches == [(T // 2, B // 2, H), (T // 2, B - B // 2, H)]
+    assert [kept.shape for kept in parts] == [
+        (T // 2, B // 2, H),
+        (T // 2, B - B // 2, H),
+    ]
 
 
 def test_roots_of_several_lengths_in_eager_mode():
@@ -365,6 +371,29 @@ def test_roots_of_several_lengths_in_eager_mode():
         problem = random_problem((B, steps, D, H), 1.0, False)
         got = evaluate(function, problem, "eager")
         assert_close(got, evaluate(bound(), problem), FLOAT64)
+
+
+def test_steps_that_pad_a_block_in_xla():
+    """Rows of four numbers, a step too few: XLA's own padding is not to be trusted."""
+    shape = 3, 8, 4, 5
+    problem = random_problem(shape, 1.0, False)
+    want = evaluate(bound(units=5), problem)
+    got = evaluate(bound(units=5, checkpoint_every=3), problem, "xla")
+    assert_close(got, want, FLOAT64)
+    # Memory that held something else shows what was not written.
+    steps = keras_bptt.blocks.Blocks(8, 3, True)
+
+    @tf.function(jit_compile=True)
+    def padded(x):
+        return keras_bptt.blocks.padded(x, steps)
+
+    x = tf.constant(problem.x)
+    for _ in range(200):
+        used = [tf.fill([n], np.float64("nan")) for n in (96, 108, 120)]
+        del used
+        y = padded(x).numpy()
+        np.testing.assert_array_equal(y[:, :8], problem.x)
+        assert not np.any(y[:, 8:])
 
 
 # ------------------------------------------------------------------------ bit for bit
