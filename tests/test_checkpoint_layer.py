@@ -83,7 +83,7 @@ OPTIONS = {
     "backwards": {"go_backwards": True, "return_sequences": True},
     "zero output": {"zero_output_for_mask": True, "return_sequences": True},
     "gelu": {"activation": "gelu", "return_sequences": True},
-    "softmax": {"activation": "softmax"},
+    "softmax": {"activation": "softmax", "return_sequences": True},
     "both dropouts": {
         "dropout": 0.3,
         "recurrent_dropout": 0.3,
