@@ -34,7 +34,7 @@ from timing import interleaved, summary
 from keras_bptt import BPTTRNN
 
 CURVE = Case(32, 10_000, 8, 256, sequences=False)
-EVERY = [2, 4, 10, 32, "sqrt", 316, 1000, 3162, 10_000]
+EVERY = [1, 2, 4, 10, 32, "sqrt", 316, 1000, 3162, 10_000]
 LONG = Case(8, 100_000, 4, 128, sequences=False)
 OUTPUT_LAYER = Case(8, 20_000, 8, 512)
 OUTPUT_UNITS = 8
