@@ -70,7 +70,7 @@ def truncated_memory(quick):
 
 def checkpoints(quick):
     if not quick:
-        return checkpointing.curve(60)
+        return checkpointing.curve(10)
     names = [checkpointing.STORED, "c = 4", checkpointing.ROOT, "SimpleRNN, graph"]
     return checkpointing.curve(0, Case(4, 100, 2, 8, sequences=False), names)
 

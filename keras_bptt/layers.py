@@ -81,9 +81,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
         p_t = h_t V + c     o_t = g(p_t)          q_t = dL/dp_t = J_g(p_t)^T dL/do_t
         e_t = q_t V^T       dL/dV = sum_t h_t^T q_t     dL/dc = sum_t q_t
 
-    It gives what `keras.layers.Dense` would behind the layer, also at masked steps, but is
-    computed block by block: neither the sequence of all h_t nor that of all e_t is laid
-    out, and with `checkpoint_every` all h_t never exist. J_g is that of Keras' own
+    It gives what `keras.layers.Dense` would behind the layer (a hidden output is g(c), not
+    0), but is computed block by block: neither the sequence of all h_t nor that of all e_t
+    is laid out, and with `checkpoint_every` all h_t never exist. J_g is that of Keras' own
     function (for an elementwise g a product with g'; softmax mixes outputs), and losses
     find the logits behind a softmax or sigmoid as they do behind a `Dense`.
 

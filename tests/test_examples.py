@@ -173,6 +173,7 @@ def arguments_of(module, monkeypatch, *arguments):
     return module.parse_arguments()
 
 
+@pytest.mark.slow
 def test_memory_span_of_a_short_lag(memory_span, monkeypatch, tmp_path):
     args = arguments_of(
         memory_span,

@@ -266,7 +266,8 @@ def recurrent(a, b):
 
 
 MEMORY = pytest.mark.parametrize(
-    "form", [pytest.param(product, marks=pytest.mark.slow), fused, recurrent]
+    "form",
+    [*(pytest.param(f, marks=pytest.mark.slow) for f in (product, fused)), recurrent],
 )
 
 

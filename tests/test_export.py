@@ -121,7 +121,11 @@ def classifier(layer):
 
 @pytest.mark.parametrize(
     "options",
-    [{"jit_compile": "auto"}, {"jit_compile": True}, {"run_eagerly": True}],
+    [
+        {"jit_compile": "auto"},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        {"run_eagerly": True},
+    ],
     ids=["auto", "xla", "eager"],
 )
 def test_fit_lowers_the_loss_as_simplernn_does(options):

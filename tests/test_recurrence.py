@@ -242,16 +242,15 @@ def test_blocks_equal_reference(shape, return_sequences, mode):
     check_reference(MODULES, "tanh", return_sequences, shape=shape, mode=mode)
 
 
-@each_activation
 @each_output
 @pytest.mark.parametrize(
-    "shape",
-    [
-        pytest.param(
-            shape, marks=[] if shape in ("usual", "long") else pytest.mark.slow
-        )
-        for shape in SHAPES
-    ],
+    ("activation", "shape"),
+    few(
+        itertools.product(ACTIVATIONS, SHAPES),
+        lambda activation, shape: (
+            shape == "usual" or (activation, shape) == ("tanh", "long")
+        ),
+    ),
 )
 def test_equals_reference_in_float32(activation, return_sequences, shape):
     check_reference(MODULES, activation, return_sequences, shape=shape, dtype="float32")
