@@ -1,8 +1,18 @@
 """Recurrent networks trained with explicit backpropagation through time, in Keras."""
 
+from keras_bptt.gradient_flow import gradient_flow
+from keras_bptt.layer_flow import LayerFlow
 from keras_bptt.layers import BPTTRNN
+from keras_bptt.model_flow import GradientFlow
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
 __version__ = "0.1.0"
 
-__all__ = ["BPTTRNN", "RandomizedTruncation", "Truncation"]
+__all__ = [
+    "BPTTRNN",
+    "GradientFlow",
+    "LayerFlow",
+    "RandomizedTruncation",
+    "Truncation",
+    "gradient_flow",
+]

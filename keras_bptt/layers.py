@@ -17,8 +17,9 @@ from keras_bptt.arguments import (
     units_of,
     unroll_of,
 )
+from keras_bptt.output_layer import output_layer
+from keras_bptt.probe import recurrence_of
 from keras_bptt.recurrence import Constants, Recurrence
-from keras_bptt.truncated import truncated_recurrence
 from keras_bptt.truncation import RandomizedTruncation, policy
 
 if keras.config.backend() != "tensorflow":
@@ -238,10 +239,10 @@ class BPTTRNN(keras.layers.SimpleRNN):
         self.checkpoint_every = checkpoint_every
         self.output_layer = None
         if output_units is not None:
-            self.output_layer = self._output_layer(output_units, output_activation)
+            self.output_layer = output_layer(
+                self.cell, output_units, output_activation, self.dtype_policy
+            )
         self.adjoint_clipnorm = adjoint_clipnorm
-        if isinstance(truncation, RandomizedTruncation):
-            self._truncation_draws = keras.random.SeedGenerator(truncation.seed)
         # The host takes any true `unroll` for all steps, whose number it asks for then.
         unroll = unroll_of(self.unroll)
         self._steps_per_iteration = 0 if isinstance(unroll, bool) else int(unroll)
@@ -252,6 +253,27 @@ class BPTTRNN(keras.layers.SimpleRNN):
     # The host's signature, whatever its version, and our own arguments, so that help() and
     # completion tell them.
     __init__.__signature__ = _signature(__init__, keras.layers.SimpleRNN.__init__)
+
+    @property
+    def truncation(self):
+        """Which paths of the gradient are kept; may be set.
+
+        What has been traced before goes on with the former one: after a change call
+        `model.make_train_function(force=True)`, or compile the model again.
+        """
+        return self._truncation
+
+    @truncation.setter
+    def truncation(self, value):
+        value = policy(value)
+        if isinstance(value, RandomizedTruncation):
+            if self.built:
+                raise ValueError(
+                    "A RandomizedTruncation has a state, which a layer that is built cannot "
+                    f"get. Received: truncation={value}. Make the layer with it."
+                )
+            self._truncation_draws = keras.random.SeedGenerator(value.seed)
+        self._truncation = value
 
     def get_config(self):
         config = super().get_config()
@@ -332,38 +354,13 @@ class BPTTRNN(keras.layers.SimpleRNN):
             None if w is None else tf.convert_to_tensor(w) for w in weights
         )
         x = tf.cast(sequences, cell.compute_dtype)
-        y, state = truncated_recurrence(options, constants, x, W, U, h_0, *others)
+        y, state = recurrence_of(self, options, constants, x, W, U, h_0, *others)
         if not self.return_sequences:
             y = y if g is None else g(y)
             return y, y[:, None], [state]
         # Keras' function, as it is: losses look for the logits behind a softmax.
         y = y if g is None else g.activation(y)
         return y[:, -1], y, [state]
-
-    def _output_layer(self, units, activation):
-        cell = self.cell
-
-        def another(initializer):
-            # A random one gives all weights of one shape the same numbers. Any other, a
-            # function perhaps, need not know its configuration.
-            config = getattr(initializer, "get_config", dict)()
-            if "seed" not in config:
-                return initializer
-            return type(initializer).from_config(config)
-
-        return keras.layers.Dense(
-            units,
-            activation=activation,
-            use_bias=cell.use_bias,
-            kernel_initializer=another(cell.kernel_initializer),
-            bias_initializer=another(cell.bias_initializer),
-            kernel_regularizer=cell.kernel_regularizer,
-            bias_regularizer=cell.bias_regularizer,
-            kernel_constraint=cell.kernel_constraint,
-            bias_constraint=cell.bias_constraint,
-            dtype=self.dtype_policy,
-            name="output",
-        )
 
     def _draw_factors(self, steps):
         """1 / p or 0 for each step and example, where the truncation is randomised."""

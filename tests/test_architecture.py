@@ -18,8 +18,10 @@ RANKS = [
     ["reference", "truncated_reference", "truncation"],
     ["execution", "explicit", "activations", "loops", "scans"],
     ["passes", "masks", "blocks", "shards", "windows", "sliding"],
-    ["residuals", "fused", "recurrence", "truncated"],
-    ["arguments", "layers"],
+    ["residuals", "fused", "recurrence", "truncated", "probe"],
+    ["arguments", "output_layer", "layers"],
+    ["measurement", "verdict", "layer_flow", "flow_plot", "model_flow", "gradient_flow"],
+    ["callbacks"],
     ["__init__"],
 ]
 ORDER = [name for rank in RANKS for name in rank]

@@ -1,0 +1,231 @@
+"""gradient_flow: how the gradient flows back through the recurrent layers of a model."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt.activations import resolve
+from keras_bptt.layer_flow import LayerFlow, over_examples
+from keras_bptt.layers import BPTTRNN
+from keras_bptt.measurement import Measured, largest_slope, measured, run
+from keras_bptt.model_flow import GradientFlow
+from keras_bptt.truncation import positive_integer
+
+
+def gradient_flow(
+    model: keras.Model,
+    x,
+    y=None,
+    *,
+    layer: str | BPTTRNN | None = None,
+    loss=None,
+    sample_weight=None,
+    training: bool = False,
+    loss_steps: int = 8,
+) -> GradientFlow:
+    """Measure how the gradient of a loss flows back through the BPTTRNN layers of a model.
+
+    Use it when training stalls or blows up, to see whether the gradient vanishes or
+    explodes, and where; and to choose the window of a `truncation`. For one batch it gives,
+    for each layer and step t, the norms of
+
+        a_t     = dL/dh_t      the adjoint, in full
+        delta_t = dL/dz_t = a_t * f'(z_t)
+
+    for each example, as the layer computes them in training, truncated and clipped as it
+    says; how much of a single loss reaches k steps back; the singular values of the
+    recurrent kernel U and what they allow,
+
+        |a_{t-1}| <= sigma_max(U) max f' |a_t|      of one loss (Pascanu et al. 2013)
+
+    the share of saturated units; a verdict in words with what is likely to help; and the
+    window that loses no more of the gradient than a tolerance.
+
+    The numbers are those of the layer's own backward pass: zeros are added to z_t and to
+    h_t, and their gradients are delta_t and a_t. The weights and the state of the model
+    (stateful layers, batch normalisation, seeds) stay as they are.
+
+    Cost: of each layer about 4 training steps' products (the probe doubles the units) for
+    the batch, and as much for each of `loss_steps` single losses, twice where the layer has
+    a truncation or clips. The model is run eagerly, once. Memory: of one layer some
+    (batch, timesteps, 2 units) at a time. A few dozen examples are enough.
+
+    Args:
+        model: a built Keras model that calls one or more `BPTTRNN`, anywhere in it:
+            stacked, in `Bidirectional`, in models of models. Calls of one layer (a shared
+            one) count as further examples.
+        x, y: one batch, as `fit` takes it.
+        layer: the name of a layer, or the layer, to measure that alone. None: all.
+        loss: a Keras loss, a function or a name. None: what the model was compiled with.
+        sample_weight: as `fit` takes it.
+        training: what the model is called with. True includes dropout and the draws of a
+            `RandomizedTruncation`, which are off otherwise.
+        loss_steps: how many single losses are followed back, of layers whose outputs at
+            many steps are used; spread over the sequence, the last included.
+
+    Returns:
+        A `GradientFlow`: a mapping from the names of the layers to `LayerFlow`s.
+
+    Raises:
+        ValueError: for a model that is not built, or calls no BPTTRNN, or calls it inside a
+            `tf.function`; for a layer that is not there; where no loss is given.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_bptt import BPTTRNN, gradient_flow
+    >>> half = keras.initializers.Identity(0.5)
+    >>> rnn = BPTTRNN(3, "linear", recurrent_initializer=half, name="rnn")
+    >>> model = keras.Sequential([keras.Input((20, 2)), rnn])
+    >>> model.compile(loss="mse")
+    >>> flow = gradient_flow(model, np.ones((4, 20, 2)), np.ones((4, 3)))
+    >>> flow["rnn"].lag_norms[:4].tolist(), flow["rnn"].half_life
+    ([1.0, 0.5, 0.25, 0.125], 1.0)
+    >>> flow["rnn"].verdict, flow.suggest_truncation(tolerance=0.05)
+    ('vanishing', 5)
+
+    References:
+        - Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural
+          networks, 2013 (arXiv 1211.5063): the bound.
+        - Aicher, Foti & Fox, Adaptively truncating backpropagation through time to control
+          gradient bias, 2019 (arXiv 1905.07473): the window.
+    """
+    if not positive_integer(loss_steps):
+        raise ValueError(
+            "`loss_steps` must be a positive integer, so many single losses are followed "
+            f"back. Received: loss_steps={loss_steps!r}."
+        )
+    _check_model(model, x)
+    x, y, sample_weight = (
+        tf.nest.map_structure(_tensor, t) for t in (x, y, sample_weight)
+    )
+    function, scale = _loss(model, loss, x, y, sample_weight)
+
+    def wanted(found):
+        return layer is None or found is layer or found.name == layer
+
+    calls, seen = run(model, x, function, wanted, training)
+    if not calls:
+        raise ValueError(_nothing_found(model, layer, seen))
+    layers, numbers = {}, {}
+    for call, gradients in calls:
+        layers[id(call.layer)] = call.layer
+        numbers.setdefault(id(call.layer), []).append(
+            measured(call, gradients, scale, loss_steps)
+        )
+    flows = {}
+    for key, found in layers.items():
+        name, number = found.name, 2
+        while name in flows:
+            name, number = f"{found.name}_{number}", number + 1
+        flows[name] = _layer_flow(name, found, Measured.joined(numbers[key]))
+    return GradientFlow(flows)
+
+
+def _layer_flow(name, layer, numbers):
+    """The flow of a layer, from what was measured and from its weights."""
+    off = {}
+    if numbers.off is not None:
+        share = over_examples(np.nanmean, numbers.off)
+        off = {"saturated": share}
+        if layer.activation is keras.activations.relu:
+            off = {"inactive": share, "dead": float(numbers.always_off.mean())}
+    activation = resolve(layer.activation, layer.units, layer.compute_dtype)
+    U = keras.ops.convert_to_numpy(layer.cell.recurrent_kernel).astype(np.float64)
+    finite = np.all(np.isfinite(U))
+    singular_values = np.full(len(U), np.nan)
+    if finite:
+        singular_values = np.linalg.svd(U, compute_uv=False)
+    return LayerFlow(
+        name=name,
+        activation=getattr(layer.activation, "__name__", str(layer.activation)),
+        truncation=layer.truncation,
+        adjoint_clipnorm=layer.adjoint_clipnorm,
+        adjoint_norms=numbers.adjoint_norms,
+        delta_norms=numbers.delta_norms,
+        lag_norms=numbers.lags.share,
+        free_lag_norms=numbers.free_lags.share,
+        last_step_only=numbers.free_lags.last_step_only,
+        singular_values=singular_values,
+        spectral_radius=float(np.abs(np.linalg.eigvals(U)).max()) if finite else np.nan,
+        max_slope=largest_slope(activation, layer.units, layer.compute_dtype),
+        **off,
+    )
+
+
+class _Reduced(keras.losses.Loss):
+    """A function of targets and outputs, as a loss: weighted, and the mean of it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self._function = function
+
+    def call(self, y_true, y_pred):
+        return self._function(y_true, y_pred)
+
+
+def _loss(model, loss, x, y, sample_weight):
+    """The loss as a function of the model's outputs, and by what it is scaled."""
+    if loss is not None:
+        loss = keras.losses.get(loss)
+        loss = loss if isinstance(loss, keras.losses.Loss) else _Reduced(loss)
+
+        def given(y_pred):
+            return sum(model.losses, loss(y, y_pred, sample_weight=sample_weight))
+
+        return given, 1.0
+    if not model.compiled:
+        raise ValueError(
+            "There is no loss whose gradient could be followed. Received: loss=None, and a "
+            f"model ({model.name}) that is not compiled. Pass `loss`, such as loss='mse', "
+            "or compile the model."
+        )
+
+    # As in training: float16 would lose small gradients without it.
+    scaled = getattr(model.optimizer, "scale_loss", lambda value: value)
+
+    def compiled(y_pred):
+        return scaled(
+            model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
+        )
+
+    return compiled, float(scaled(tf.ones([])))
+
+
+def _check_model(model, x):
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`model` must be a keras.Model. Received: {model!r}. Put a layer into one: "
+            "keras.Sequential([keras.Input((None, features)), layer])."
+        )
+    if not model.built:
+        raise ValueError(
+            f"`model` must be built, for its weights are what is measured. Received: "
+            f"{model.name}, which has none yet. Call it on a batch, model(x), or begin it "
+            "with keras.Input((timesteps, features))."
+        )
+    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
+        raise ValueError(
+            f"`x` must be the inputs of one batch. Received: a {type(x).__name__}. Take a "
+            "batch: x, y = next(iter(dataset))."
+        )
+
+
+def _nothing_found(model, layer, seen):
+    if seen:
+        return (
+            f"`layer` must be one of the BPTTRNN layers that the model calls: "
+            f"{', '.join(dict.fromkeys(seen))}. Received: layer={layer!r}."
+        )
+    layers = ", ".join(type(each).__name__ for each in model.layers)
+    return (
+        f"The model must call a BPTTRNN, whose backward pass is what is measured. "
+        f"Received: {model.name}, with the layers {layers}. Put keras_bptt.BPTTRNN in the "
+        "place of keras.layers.SimpleRNN: it takes the same arguments and weights."
+    )
+
+
+def _tensor(value):
+    return (
+        value if value is None or tf.is_tensor(value) else tf.convert_to_tensor(value)
+    )

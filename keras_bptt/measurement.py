@@ -1,0 +1,293 @@
+"""What is measured of a layer while its model computes a loss and its gradient.
+
+A model is run once, eagerly, under a tape, with the probe of `probe.py` in its recurrences:
+that gives delta_t and a_t as they are in training, and the cotangents that each call of a
+layer receives. What a single loss sends back is measured of that call alone, from the
+cotangent of one step: with the layer's truncation and clipping, and without.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt.loops import size_of
+from keras_bptt.masks import packing, processing_order
+from keras_bptt.probe import (
+    in_order,
+    linearised,
+    observed,
+    probed_recurrence,
+    zeros_of,
+)
+from keras_bptt.truncated import truncated_recurrence
+from keras_bptt.truncation import Truncation
+
+# A unit is saturated where f' is less than a twentieth of its largest value: for tanh where
+# |h| > 0.975. A relu is inactive where it is 0.
+_SATURATED = 0.05
+_OFF = {
+    "tanh": lambda h: 1 - h * h < _SATURATED,
+    "sigmoid": lambda h: h * (1 - h) < _SATURATED / 4,
+    "relu": lambda h: h <= 0,
+}
+
+
+class Call(NamedTuple):
+    """One call of a layer: what it was given, and what its loss sends back to it."""
+
+    layer: keras.Layer
+    options: object
+    constants: object
+    arguments: tuple
+    zeros: tf.Tensor
+    outputs: tuple
+
+
+class Recorder:
+    """Puts the probe into the recurrences of the layers that are wanted, and keeps them."""
+
+    def __init__(self, tape, wanted):
+        self.tape, self.wanted = tape, wanted
+        self.calls, self.seen = [], []
+
+    def __call__(self, layer, options, constants, *arguments):
+        self.seen.append(layer.name)
+        if not self.wanted(layer):
+            return truncated_recurrence(options, constants, *arguments)
+        if not tf.executing_eagerly():
+            raise ValueError(
+                f"The gradient flow of a layer is measured where the model calls it "
+                f"eagerly. Received: {layer.name}, called inside a tf.function. Take the "
+                "tf.function, or the tf.map_fn, off the model for the measurement."
+            )
+        x, _, U, *_ = arguments
+        # Not compiled: for a single run it would not pay.
+        options = dataclasses.replace(
+            options, keep_states=True, unroll=False, jit_compile=False
+        )
+        zeros = zeros_of(x, U)
+        self.tape.watch(zeros)
+        outputs = probed_recurrence(options, constants, zeros, *arguments)
+        # The output and the state may be one tensor, which would have both cotangents.
+        outputs = tuple(map(tf.identity, outputs))
+        arguments = tf.nest.map_structure(_number, arguments)
+        self.calls.append(Call(layer, options, constants, arguments, zeros, outputs))
+        return outputs
+
+
+class Lags(NamedTuple):
+    """Sums of norms by lag, over single losses: |a_{s-k}|, and |e_s| of the same losses."""
+
+    reached: np.ndarray
+    sent: np.ndarray
+    last_step_only: bool
+
+    @property
+    def share(self):
+        """How much of a loss reaches k steps back; up to the longest lag there is."""
+        size = int(np.sum(self.sent > 0))
+        with np.errstate(invalid="ignore"):
+            return self.reached[:size] / self.sent[:size]
+
+    @classmethod
+    def joined(cls, several):
+        reached, sent, last = zip(*several, strict=True)
+        size = max(map(len, sent))
+
+        def total(sums):
+            return sum(np.pad(s, (0, size - len(s))) for s in sums)
+
+        return cls(total(reached), total(sent), all(last))
+
+
+class Measured(NamedTuple):
+    """Numbers for each example and step, in the order of processing; masked steps are NaN.
+
+    Attributes:
+        adjoint_norms, delta_norms: (examples, timesteps).
+        lags, free_lags: as the layer truncates and clips; without.
+        off: the share of units that are saturated or, of a relu, inactive (examples,
+            timesteps). None: another activation.
+        always_off: which units are so at every step of every example (units,), or None.
+    """
+
+    adjoint_norms: np.ndarray
+    delta_norms: np.ndarray
+    lags: Lags
+    free_lags: Lags
+    off: np.ndarray | None
+    always_off: np.ndarray | None
+
+    @classmethod
+    def joined(cls, several):
+        """Of several calls of a layer: as if their examples had come in one."""
+        adjoint, delta, own, free, off, always = zip(*several, strict=True)
+        steps = max(norms.shape[1] for norms in adjoint)
+
+        def stacked(arrays):
+            """One below the other, ending together."""
+            fill = [(steps - a.shape[1], 0) for a in arrays]
+            padded = [
+                np.pad(a, ((0, 0), f), constant_values=np.nan)
+                for a, f in zip(arrays, fill, strict=True)
+            ]
+            return np.concatenate(padded)
+
+        return cls(
+            stacked(adjoint),
+            stacked(delta),
+            Lags.joined(own),
+            Lags.joined(free),
+            None if off[0] is None else stacked(off),
+            None if off[0] is None else np.all(always, axis=0),
+        )
+
+
+def run(model, x, loss, wanted, training):
+    """Run the model and `loss(y_pred)`; return the calls with cotangents, names, scale.
+
+    The state of the model (of stateful layers, batch normalisation, seeds and metrics) is
+    put back afterwards.
+    """
+    kept = [
+        (variable, tf.identity(tf.convert_to_tensor(variable)))
+        for variable in _state_of(model)
+    ]
+    try:
+        with tf.GradientTape() as tape:
+            recorder = Recorder(tape, wanted)
+            with observed(recorder):
+                value = loss(model(x, training=training))
+        sources = [(call.zeros, *call.outputs) for call in recorder.calls]
+        zero = tf.UnconnectedGradients.ZERO
+        gradients = tape.gradient(value, sources, unconnected_gradients=zero)
+    finally:
+        for variable, number in kept:
+            variable.assign(number)
+    return list(zip(recorder.calls, gradients, strict=True)), recorder.seen
+
+
+def measured(call, gradients, scale, loss_steps):
+    """The numbers of one call, given the gradients by its zeros and its outputs."""
+    d_zeros, *cotangents = gradients
+    options, constants = call.options, call.constants
+    x, W, U, h_0, b, *_ = call.arguments
+    free = dataclasses.replace(options, truncation=None, adjoint_clipnorm=None)
+    # With windows of one step the adjoint is the cotangent e_t of the step itself.
+    single = dataclasses.replace(free, truncation=Truncation(1))
+    plain = constants._replace(factors=None)
+    _, back = linearised(single, plain, *call.arguments)
+    _, e = back(*cotangents)
+
+    # Each example's masked steps first, so that lag k is k places from its last real step.
+    x, mask = processing_order(options, x, constants.mask)
+    order, real, factors = None, None, constants.factors
+    if mask is not None:
+        order, real = packing(mask), mask.numpy()
+        given = (x, mask, e, factors)
+        x, mask, e, factors = (
+            t if t is None else tf.gather(t, order, batch_dims=1) for t in given
+        )
+        e = tf.where(mask[:, :, None], e, tf.zeros_like(e))
+    arguments = x, W, U, h_0, b, None, None
+
+    def lags(policy, factors):
+        each = dataclasses.replace(
+            policy,
+            return_sequences=True,
+            zero_output_for_mask=False,
+            go_backwards=False,
+        )
+        given = constants._replace(mask=mask, factors=factors)
+        (h, _), back = linearised(each, given, *arguments)
+        return h, _lags(back, e, scale, mask, loss_steps)
+
+    h, free_lags = lags(free, None)
+    own_lags = free_lags
+    if options != free or factors is not None:
+        _, own_lags = lags(options, factors)
+
+    def in_place(t):
+        """The norms (batch, timesteps), NaN at masked steps."""
+        norms = _norms(t) / scale
+        return norms if real is None else np.where(real, norms, np.nan)
+
+    off = _off(call.layer.activation, h, order, real)
+    delta, a = map(in_place, in_order(options, d_zeros))
+    return Measured(a, delta, own_lags, free_lags, *off)
+
+
+def _lags(back, e, scale, mask, loss_steps):
+    """What single losses send back; e (batch, timesteps, units), in packed order."""
+    steps = size_of(e, 1)
+    sent = _norms(e) / scale
+    real = np.ones(sent.shape, bool) if mask is None else mask.numpy()
+    losses = np.flatnonzero(np.any(sent > 0, axis=0))
+    lags = Lags(np.zeros(steps), np.zeros(steps), losses.tolist() == [steps - 1])
+    state = tf.zeros_like(e[:, 0])
+    for s in _spread(losses, loss_steps):
+        here = tf.range(steps)[None, :, None] == s
+        _, a = back(tf.where(here, e, tf.zeros_like(e)), state)
+        reached = np.where(real, _norms(a) / scale, 0)[:, s::-1]
+        lags.reached[: s + 1] += reached.sum(0)
+        lags.sent[: s + 1] += np.where(real[:, s::-1], sent[:, s, None], 0).sum(0)
+    return lags
+
+
+def _spread(places, number):
+    """So many of the places: the last, and one of each equal part of the others.
+
+    At golden sections of the parts, so that they have no common period with blocks.
+    """
+    if len(places) <= number:
+        return places
+    part = len(places) / number
+    back = [int((i + i * 0.6180339887498949 % 1) * part) for i in range(number)]
+    return places[::-1][back]
+
+
+def _off(activation, h, order, real):
+    """`off` and `always_off` of `Measured`, from h in packed order."""
+    name = getattr(activation, "__name__", None)
+    if name not in _OFF or activation is not getattr(keras.activations, name):
+        return None, None
+    off = _OFF[name](h.numpy().astype(np.float64))
+    if real is None:
+        return off.mean(2), off.all((0, 1))
+    unpacked = np.empty_like(off)
+    np.put_along_axis(unpacked, order.numpy()[:, :, None], off, axis=1)
+    share = np.where(real, unpacked.mean(2), np.nan)
+    return share, (unpacked | ~real[:, :, None]).all((0, 1))
+
+
+def largest_slope(activation, units, dtype):
+    """The largest f' for |z| <= 50; inf if it grows on, None if f mixes units."""
+    if activation.mixes:
+        return None
+
+    def largest(most):
+        z = np.linspace(-most, most, 20001)  # 0 is one of them
+        z = tf.constant(np.pad(z, (0, -len(z) % units)).reshape(-1, units), dtype)
+        return float(tf.reduce_max(activation.vjp(z, tf.ones_like(z))))
+
+    here, farther = largest(50.0), largest(60.0)
+    return here if farther <= 1.01 * here else math.inf
+
+
+def _norms(t):
+    """Norms over the units, in float64: the squares of float32 would overflow."""
+    return np.linalg.norm(t.numpy().astype(np.float64), axis=-1)
+
+
+def _number(t):
+    return None if t is None else tf.stop_gradient(t)
+
+
+def _state_of(model):
+    """The variables that a call may change."""
+    found = [*model.non_trainable_variables, *getattr(model, "metrics_variables", [])]
+    return list({id(variable): variable for variable in found}.values())
