@@ -269,7 +269,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         if isinstance(value, RandomizedTruncation):
             if self.built:
                 raise ValueError(
-                    "A RandomizedTruncation has a state, which a layer that is built cannot "
+                    "A RandomizedTruncation has a state, which no layer that is built can "
                     f"get. Received: truncation={value}. Make the layer with it."
                 )
             self._truncation_draws = keras.random.SeedGenerator(value.seed)
