@@ -148,26 +148,19 @@ class Measured(NamedTuple):
 
 
 def run(model, x, loss, wanted, training):
-    """Run the model and `loss(y_pred)`; return the calls with cotangents, names, scale.
+    """Run the model and `loss(y_pred)`; return the calls, their gradients, and all names.
 
-    The state of the model (of stateful layers, batch normalisation, seeds and metrics) is
-    put back afterwards.
+    The state of the model stays as it is: what stateful layers, batch normalisation, seeds
+    and metrics would assign goes to the scope, and with it.
     """
-    kept = [
-        (variable, tf.identity(tf.convert_to_tensor(variable)))
-        for variable in _state_of(model)
-    ]
-    try:
-        with tf.GradientTape() as tape:
-            recorder = Recorder(tape, wanted)
-            with observed(recorder):
-                value = loss(model(x, training=training))
-        sources = [(call.zeros, *call.outputs) for call in recorder.calls]
-        zero = tf.UnconnectedGradients.ZERO
-        gradients = tape.gradient(value, sources, unconnected_gradients=zero)
-    finally:
-        for variable, number in kept:
-            variable.assign(number)
+    scope = keras.StatelessScope(collect_losses=True)
+    with tf.GradientTape() as tape, scope:
+        recorder = Recorder(tape, wanted)
+        with observed(recorder):
+            value = loss(model(x, training=training))
+    sources = [(call.zeros, *call.outputs) for call in recorder.calls]
+    zero = tf.UnconnectedGradients.ZERO
+    gradients = tape.gradient(value, sources, unconnected_gradients=zero)
     return list(zip(recorder.calls, gradients, strict=True)), recorder.seen
 
 
@@ -285,9 +278,3 @@ def _norms(t):
 
 def _number(t):
     return None if t is None else tf.stop_gradient(t)
-
-
-def _state_of(model):
-    """The variables that a call may change."""
-    found = [*model.non_trainable_variables, *getattr(model, "metrics_variables", [])]
-    return list({id(variable): variable for variable in found}.values())

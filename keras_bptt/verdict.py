@@ -208,7 +208,7 @@ def _of_explosion(flow):
     if flow.adjoint_clipnorm is None and len(sent):
         r = float(np.quantile(sent, 0.1 if flow.last_step_only else 0.5))
         found.append(
-            f"adjoint_clipnorm={r:.1g}, a usual |dL/dh_t| here, clips where it explodes; "
+            f"adjoint_clipnorm={r:.2g}, a usual |dL/dh_t| here, clips where it explodes; "
             "or clipnorm in the optimizer, which scales the whole gradient"
         )
     if flow.sigma_max > 1.1:
@@ -275,4 +275,6 @@ def _line(values, width=32):
 
 
 def _percent(share):
-    return f"{100 * share:.2g} %"
+    percent = 100 * share
+    digits = 0 if percent >= 10 or percent == round(percent) else 1
+    return f"{percent:.{digits}f} %"
