@@ -194,7 +194,8 @@ def test_advice_names_the_cause():
     dead = flow_of(vanishing, inactive=np.full(T, 0.8), dead=0.5)
     assert any("50 % of the units are 0" in item for item in dead.advice)
     exploding = flow_of(decay(1.5))
-    assert "adjoint_clipnorm=1.5, a usual" in exploding.advice[0]
+    median = np.median(exploding.adjoint_norms[:, -1])
+    assert f"adjoint_clipnorm={median:.2g}, what" in exploding.advice[0]
     assert any("orthogonal" in item and "1.2" in item for item in exploding.advice)
     clipped = flow_of(decay(1.5), adjoint_clipnorm=1.0)
     assert not any("adjoint_clipnorm" in item for item in clipped.advice)
