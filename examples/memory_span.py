@@ -13,6 +13,9 @@ The same network is trained with full backpropagation through time, with sliding
 the same number of updates. A score is the mean squared error on sequences never trained
 on, in units of what the best constant gets: 1 is nothing learned, 0 is perfect.
 
+Beside it stands what `gradient_flow` says: how much of a loss reaches so many steps back,
+before the training and after it, and the window that it would choose.
+
     python examples/memory_span.py            # a few minutes
     python examples/memory_span.py --smoke    # seconds
 
@@ -28,7 +31,7 @@ import time
 import keras
 import numpy as np
 
-from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
+from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, gradient_flow
 
 POLICIES = {
     "sliding": lambda k: Truncation(k, stride=1),
@@ -62,8 +65,14 @@ def build_model(truncation, args):
     )
 
 
+def flow_of(model, x, y):
+    """Of the untruncated gradient, whatever the layer does: a few examples tell it."""
+    (flow,) = gradient_flow(model, x[:32], y[:32], loss_steps=16).values()
+    return flow
+
+
 def train(truncation, seed, args):
-    """Returns (score, seconds)."""
+    """Returns score, seconds, and the gradient flow before and after."""
     random = np.random.default_rng(seed)
     x, y = sequences(random, args.updates * args.batch_size, args)
     heldout_x, heldout_y = sequences(random, 512, args)
@@ -71,24 +80,35 @@ def train(truncation, seed, args):
     model = build_model(truncation, args)
     decay = keras.optimizers.schedules.CosineDecay(args.learning_rate, args.updates)
     model.compile(keras.optimizers.Adam(decay, clipnorm=1.0), "mse")
+    before = flow_of(model, heldout_x, heldout_y)
     start = time.perf_counter()
     model.fit(x, y, args.batch_size, shuffle=False, verbose=0)
     seconds = time.perf_counter() - start
     error = model.evaluate(heldout_x, heldout_y, 512, verbose=0)
-    return error / float(np.var(heldout_y)), seconds
+    after = flow_of(model, heldout_x, heldout_y)
+    return error / float(np.var(heldout_y)), seconds, before, after
 
 
 def measure(name, k, args):
     """One row of the table, printed and returned."""
     truncation = None if k is None else POLICIES[name](k)
     runs = [train(truncation, seed, args) for seed in range(args.seeds)]
-    scores, seconds = zip(*runs, strict=True)
+    scores, seconds, before, after = zip(*runs, strict=True)
     columns = "".join(f"{score:>9.3f}" for score in scores)
     print(
         f"{name:<12}{'-' if k is None else k:>5}{columns}{np.median(seconds):>9.1f}",
         flush=True,
     )
-    return {"policy": name, "k": k, "scores": scores, "seconds": seconds}
+    return {
+        "policy": name,
+        "k": k,
+        "scores": scores,
+        "seconds": seconds,
+        "suggested_before": [flow.suggest_truncation() for flow in before],
+        "suggested_after": [flow.suggest_truncation() for flow in after],
+        "lag_norms_before": before[0].free_lag_norms.tolist(),
+        "lag_norms_after": after[0].free_lag_norms.tolist(),
+    }
 
 
 def judge(rows, args):
@@ -103,6 +123,21 @@ def judge(rows, args):
     print(f"  sliding windows, k > lag: at most {np.max(long):.3f} more than full")
 
 
+def report_windows(rows):
+    """What `gradient_flow` would choose, seed by seed; before, it is the same for all."""
+
+    def line(when, windows):
+        columns = "".join(f"{'none' if k is None else k:>6}" for k in windows)
+        print(f"  {when:<28}{columns}")
+
+    print("\nWindow suggested for a bias of 5 %:")
+    line("before training", rows[0]["suggested_before"])
+    for row in rows:
+        if row["policy"] in ("full", "sliding"):
+            k = "" if row["k"] is None else f", k = {row['k']}"
+            line(f"after {row['policy']}{k}", row["suggested_after"])
+
+
 def plot(rows, path, args):
     try:
         import matplotlib
@@ -112,7 +147,7 @@ def plot(rows, path, args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, (axes, lags) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     axes.axhline(1, color="grey", linestyle=":", label="best constant")
     axes.axhline(
         np.median(rows[0]["scores"]), color="black", label="full backpropagation"
@@ -133,6 +168,22 @@ def plot(rows, path, args):
     )
     axes.set_ylim(bottom=-0.04)  # whole markers at 0
     axes.legend(fontsize=9)
+    sliding = [row for row in rows if row["policy"] == "sliding"]
+    under = max(
+        (row for row in sliding if 2 * row["k"] <= args.lag), key=lambda r: r["k"]
+    )
+    over = min(
+        (row for row in sliding if row["k"] > args.lag), key=lambda row: row["k"]
+    )
+    lags.semilogy(rows[0]["lag_norms_before"], color="grey", label="before training")
+    for row in (rows[0], over, under):
+        name = "full" if row["k"] is None else f"sliding, k = {row['k']}"
+        lags.semilogy(row["lag_norms_after"], label=f"after {name}")
+    lags.axvline(args.lag, color="grey", linestyle="--", label="the lag of the task")
+    lags.set_xlabel("lag: steps back from a loss")
+    lags.set_ylabel("share of the untruncated gradient left")
+    lags.set_title("How far a loss reaches, seed 0", fontsize=11)
+    lags.legend(fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -193,6 +244,7 @@ def main():
             if name == "randomised" or k < T:
                 rows.append(measure(name, k, args))
     judge(rows, args)
+    report_windows(rows)
     settings = {k: v for k, v in vars(args).items() if k != "output_dir"}
     results = {"settings": settings, "rows": rows}
     path = args.output_dir / "memory_span.json"

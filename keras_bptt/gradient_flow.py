@@ -171,7 +171,8 @@ def _loss(model, loss, x, y, sample_weight):
         loss = loss if isinstance(loss, keras.losses.Loss) else _Reduced(loss)
 
         def given(y_pred):
-            return sum(model.losses, loss(y, y_pred, sample_weight=sample_weight))
+            value = loss(y, y_pred, sample_weight=sample_weight)
+            return sum((tf.cast(more, value.dtype) for more in model.losses), value)
 
         return given, 1.0
     if not model.compiled:

@@ -135,7 +135,7 @@ def _pace(flow):
     factor = flow.factor
     if factor == 0:
         return "dL/dh_t does not pass one step"
-    if factor == 1:
+    if abs(factor - 1) * len(flow.free_lag_norms) < 0.01:
         return "dL/dh_t keeps its norm"
     word, steps = ("halves", flow.half_life)
     if factor > 1:
