@@ -272,8 +272,12 @@ def largest_slope(activation, units, dtype):
 
 
 def _norms(t):
-    """Norms over the units, in float64: the squares of float32 would overflow."""
-    return np.linalg.norm(t.numpy().astype(np.float64), axis=-1)
+    """Norms over the units; inf where there is NaN, which is for masked steps.
+
+    In float64, for the squares of float32 would overflow.
+    """
+    norms = np.linalg.norm(t.numpy().astype(np.float64), axis=-1)
+    return np.nan_to_num(norms, nan=np.inf, posinf=np.inf)
 
 
 def _number(t):

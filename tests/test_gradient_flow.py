@@ -374,6 +374,20 @@ def test_without_a_path_to_the_loss_there_is_no_gradient():
     assert "no gradient" in flow.summary()
 
 
+def test_what_is_not_finite_is_no_missing_gradient():
+    """Where the forward pass has overflowed, or the backward pass."""
+    x, y = data(H)
+    model = linear(np.full((H, H), 1e60))
+    flow = gradient_flow(model, x, y, loss=MSE)["rnn"]
+    assert flow.verdict == "exploding" and "not finite" in flow.explanation
+    assert np.all(np.isinf(flow.adjoint_norms[:, 0]))
+    assert flow.suggest_truncation() is None
+    W, U, b = model.get_weights()
+    model.set_weights([np.nan * W, 0 * U, b])
+    flow = gradient_flow(model, x, y, loss=MSE)["rnn"]
+    assert flow.verdict == "exploding" and "not finite" in flow.explanation
+
+
 # --- errors
 
 
