@@ -1,11 +1,14 @@
 """Random problems, the outputs and gradients of a layer, and their comparison."""
 
+import contextlib
 import functools
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 
 from keras_bptt import BPTTRNN
 
@@ -21,12 +24,26 @@ FLOAT64 = 1e-10
 # one step, a few times that in all. Errors of random sign stay far below it.
 FLOAT32 = 2e-5
 
+
+@contextlib.contextmanager
+def without_graphs():
+    """Run loops operation by operation: for a single run, tracing costs more."""
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
 # What a caller may wrap around a call of the layer.
 MODES = {
     "eager": lambda function: function,
     "graph": tf.function,
     "xla": functools.partial(tf.function, jit_compile=True),
 }
+# And where no mode is the point: eager, without the graphs that loops are in there.
+WAYS = {"plain": without_graphs()} | MODES
 
 # Row by row: holes after a masked start, a masked end, and nothing but masked steps.
 MIXED_MASK = np.array([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
@@ -77,7 +94,7 @@ def evaluate(layer, x, mode="eager", *, state=None, seed=2, **call):
     Args:
         layer: a layer or a model, whose `losses` are part of what is differentiated.
         x: the inputs; integers have no gradient.
-        mode: the name of one of `MODES`.
+        mode: the name of one of `WAYS`.
         state: the initial state, an array or a list of arrays, differentiated too.
         seed: of the cotangents, which are never ones: those hide exchanged steps.
         **call: other arguments of the call, such as a mask.
@@ -117,7 +134,7 @@ def evaluate(layer, x, mode="eager", *, state=None, seed=2, **call):
         )
         return outputs, [tf.convert_to_tensor(g) for g in gradients]
 
-    outputs, gradients = MODES[mode](run)(
+    outputs, gradients = WAYS[mode](run)(
         x, states, {name: tf.constant(v) for name, v in tensors.items()}
     )
     names = ["d_x"] if x.dtype.is_floating else []
@@ -147,12 +164,24 @@ def assert_same(got, expected, tolerance=FLOAT64, dead=()):
             assert np.max(np.abs(array)) > 1e-3, f"{name} vanished: nothing was tested"
 
 
-def plain(mode):
-    """The mode for the other side of a comparison: eager, the plainest of them.
+def assert_near(got, expected):
+    """Compare two results of `evaluate` of a random problem.
+
+    Some are too small or too masked to have every gradient: relative to 1 at least.
+    """
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        scale = max(1.0, np.max(np.abs(array), initial=0.0))
+        error = np.max(np.abs(got[name] - array), initial=0.0) / scale
+        assert error <= FLOAT64, f"{name}: error {error:.1e}"
+
+
+def plain(mode, random=True):
+    """The mode for the other side of a comparison: the plainest of them.
 
     But XLA draws other dropout masks from the same seed.
     """
-    return "xla" if mode == "xla" else "eager"
+    return "xla" if random and mode == "xla" else "plain"
 
 
 def compare(x, mode="eager", tolerance=FLOAT64, *, dead=(), options=None, **call):
@@ -160,5 +189,28 @@ def compare(x, mode="eager", tolerance=FLOAT64, *, dead=(), options=None, **call
     options = options or {}
     theirs, ours = pair(**options)
     random = options.get("dropout") or options.get("recurrent_dropout")
-    expected = evaluate(theirs, x, plain(mode) if random else "eager", **call)
+    expected = evaluate(theirs, x, plain(mode, random), **call)
     assert_same(evaluate(ours, x, mode, **call), expected, tolerance, dead)
+
+
+def examples(number, **options):
+    """Settings of hypothesis: so many draws, however long they take."""
+    return settings(
+        max_examples=number,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        **options,
+    )
+
+
+def draw_call(draw, batch, time, features, units):
+    """Random inputs; and the call's mask and initial state, each of which may lack."""
+    flag, call = st.booleans(), {}
+    if draw(flag):
+        row = st.lists(flag, min_size=time, max_size=time)
+        mask = draw(st.lists(row, min_size=batch, max_size=batch))
+        call["mask"] = np.array(mask, bool)
+    if draw(flag):
+        call["state"] = random_inputs(batch, units, seed=5)
+    return random_inputs(batch, time, features, seed=draw(st.integers(0, 99))), call

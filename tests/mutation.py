@@ -7,7 +7,7 @@ import types
 from unittest import mock
 
 import pytest
-import tensorflow as tf
+from helpers import without_graphs
 
 import keras_bptt
 
@@ -47,11 +47,37 @@ def assert_caught(check, module, old, new):
         check(modules)
 
 
-class without_graphs:
-    """Run loops operation by operation: for a single run, tracing costs more."""
+def each(*checks):
+    """The checks as one."""
 
-    def __enter__(self):
-        tf.config.run_functions_eagerly(True)
+    def check(modules):
+        for one in checks:
+            one(modules=modules)
 
-    def __exit__(self, *_):
-        tf.config.run_functions_eagerly(False)
+    return check
+
+
+def tests_of(checks, mutations):
+    """Two tests: each of the checks passes on copies, and catches its mutations.
+
+    Args:
+        checks: functions of the modules, by name.
+        mutations: of each the name of the check that catches it, what is broken, the
+            module, text in it and what that then reads.
+    """
+
+    @pytest.mark.parametrize("name", checks)
+    def test_checks_pass_on_copies(name):
+        """The control of the mutations: a copy that nothing is changed in passes."""
+        with without_graphs():
+            checks[name](copy_of_modules())
+
+    @pytest.mark.parametrize(
+        ("name", "module", "old", "new"),
+        [(name, *rest) for name, _, *rest in mutations],
+        ids=[f"{what}, {name}" for name, what, *_ in mutations],
+    )
+    def test_mutation_is_caught(name, module, old, new):
+        assert_caught(checks[name], module, old, new)
+
+    return test_checks_pass_on_copies, test_mutation_is_caught

@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import relative_error
-from mutation import copy_of_modules, without_graphs
+from helpers import relative_error, without_graphs
+from mutation import copy_of_modules
 from tensorflow.python.eager import context  # no public name tells what grappler makes
 from test_checkpoints import EVERY, MODULES, SHAPE, B, D, H, T, bound
 from test_recurrence import random_problem

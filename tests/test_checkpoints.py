@@ -6,7 +6,6 @@ one at a time. `test_checkpoint_memory.py` has what is kept, `test_sliding.py` c
 with a truncation.
 """
 
-import contextlib
 import functools
 import itertools
 import types
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import FLOAT64, few, relative_error, rng
-from mutation import assert_caught, copy_of_modules, without_graphs
+from mutation import tests_of
 from test_recurrence import (
     MASKS,
     Problem,
@@ -128,14 +127,7 @@ def constants_of(names, steps=T, dtype="float64"):
 
 
 def evaluate(function, problem, mode="plain", use_bias=True, dtype="float64"):
-    """`test_recurrence.evaluate`, with two more modes.
-
-    "plain": operation by operation, without a graph, which is quick; "unknown": in a graph
-    that knows neither batch nor length.
-    """
-    if mode == "plain":
-        with without_graphs():
-            return evaluate_known(function, problem, "eager", use_bias, dtype)
+    """`test_recurrence.evaluate`; "unknown": in a graph of any batch and length."""
     if mode != "unknown":
         return evaluate_known(function, problem, mode, use_bias, dtype)
 
@@ -450,10 +442,7 @@ def test_second_derivatives(option, mode):
 
     def derivatives(every, mode):
         function = bound(constants=constants, checkpoint_every=every, **OPTIONS[option])
-        with without_graphs() if mode == "plain" else contextlib.nullcontext():
-            return second_derivatives(
-                function, problem, "eager" if mode == "plain" else mode
-            )
+        return second_derivatives(function, problem, mode)
 
     assert_close(derivatives(2, mode), derivatives(None, "plain"), FLOAT64)
 
@@ -500,7 +489,6 @@ def check_loop(modules):
 
 CHECKS = {"again": check_again, "in a loop": check_loop}
 
-# The check that catches it, what is broken, module, text, and what it then reads.
 MUTATIONS = [
     ("again", "without the mask", "residuals", "first, z, m, r", "first, z, None, r"),
     ("again", "without r", "residuals", "first, z, m, r", "first, z, m, None"),
@@ -584,17 +572,4 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_checks_pass_on_copies(name):
-    """The control of the mutations: a copy that nothing is changed in passes."""
-    with without_graphs():
-        CHECKS[name](copy_of_modules())
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "old", "new"),
-    [(name, *rest) for name, _, *rest in MUTATIONS],
-    ids=[f"{m[1]}, {m[0]}" for m in MUTATIONS],
-)
-def test_mutation_is_caught(name, module, old, new):
-    assert_caught(CHECKS[name], module, old, new)
+test_checks_pass_on_copies, test_mutation_is_caught = tests_of(CHECKS, MUTATIONS)
