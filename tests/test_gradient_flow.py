@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import random_weights, rng
+from helpers import few, random_weights, rng
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, gradient_flow
 from keras_bptt.reference import hidden_gradients
@@ -50,7 +50,7 @@ def cotangents(model, x, y):
 # --- a linear network with a known U: closed forms
 
 
-@pytest.mark.parametrize("q", [0.5, 0.97, 1.3])
+@pytest.mark.parametrize("q", [0.5, 1.3])
 def test_a_scaled_rotation_has_its_closed_form(q):
     x, y = data(H)
     flow = gradient_flow(linear(q * orthogonal()), x, y, loss=MSE)["rnn"]
@@ -120,10 +120,18 @@ def test_norms_equal_the_reference():
         np.testing.assert_allclose(ours, np.linalg.norm(theirs, axis=2), rtol=1e-9)
 
 
-@pytest.mark.parametrize("padding", ["none", "mixed"])
+CASES = [
+    (Truncation(4), None),
+    (Truncation(4, stride=1), None),
+    (Truncation(5, 3), 0.02),
+]
+CASES = [(*case, mask) for case in CASES for mask in ("none", "mixed")]
+
+
+# A mask where there is clipping, none where there is not: the probe's tests cross them.
 @pytest.mark.parametrize(
-    "policy, clip",
-    [(Truncation(4), None), (Truncation(4, stride=1), None), (Truncation(5, 3), 0.02)],
+    "policy, clip, padding",
+    few(CASES, lambda _, clip, mask: (clip is None) == (mask == "none")),
 )
 def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
     layer = tanh_layer(truncation=policy, adjoint_clipnorm=clip)
@@ -176,13 +184,13 @@ def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
     assert flow.lag_norms[-1] == 0 < flow.free_lag_norms[-1]
 
 
-@pytest.mark.parametrize("name", ["tanh", "sigmoid", "softplus"])
+@pytest.mark.parametrize("name", ["sigmoid", "softplus"])
 def test_no_step_exceeds_the_bound(name):
     layer = BPTTRNN(H, name, name="rnn", dtype="float64")
     model = model_of(layer)
     set_random(layer)
     flow = gradient_flow(model, *data(H), loss=MSE)["rnn"]
-    slope = {"tanh": 1, "sigmoid": 0.25, "softplus": 1}[name]
+    slope = {"sigmoid": 0.25, "softplus": 1}[name]
     np.testing.assert_allclose(flow.max_slope, slope, rtol=1e-6)
     np.testing.assert_allclose(flow.bound, slope * flow.sigma_max, rtol=1e-6)
     a = flow.adjoint_norms
@@ -304,7 +312,10 @@ def test_sample_weights_and_losses_are_those_of_training():
     np.testing.assert_allclose(compiled[2], 3 * unweighted[2], rtol=1e-12)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy",
+    ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)],
+)
 def test_mixed_precision_is_measured_in_the_units_of_the_loss(policy):
     """float16 would lose these numbers: the loss is scaled, as in training."""
     x, y = data(H)
