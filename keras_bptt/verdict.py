@@ -128,6 +128,10 @@ def _course(flow):
         left = f"{_percent(VANISHED)} of it is left"
         return f"{_pace(flow)}; {left} after {lag} of {longest} steps"
     left = shares[-1] / shares[0]
+    if left > 1:
+        return (
+            f"dL/dh_t is {left:.3g} times as large after {longest} steps; {_pace(flow)}"
+        )
     return f"{_percent(left)} of dL/dh_t is left after {longest} steps; {_pace(flow)}"
 
 
@@ -275,4 +279,5 @@ def _line(values, width=32):
 
 
 def _percent(share):
-    return f"{100 * share:.2g} %"
+    percent = 100 * share
+    return f"{percent:.2g} %" if percent < 99.5 else f"{percent:.0f} %"
