@@ -34,6 +34,12 @@ def explanation(flow):
             "layer, or what lies between lets nothing through"
         )
     words = f"{free}: {_course(flow)}"
+    if free == "exploding" and flow.adjoint_clipnorm is not None:
+        most = np.nanmax(flow.lag_norms)
+        words = (
+            f"exploding, but clipped: no step gets more than {most:.2g} times what the "
+            f"loss sent. Unclipped: {_course(flow)}"
+        )
     if kind(flow) != "truncated":
         return words
     k = flow.truncation.steps
