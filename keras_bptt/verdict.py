@@ -218,8 +218,9 @@ def _of_explosion(flow):
     if flow.adjoint_clipnorm is None and len(sent):
         r = float(np.quantile(sent, 0.1 if flow.last_step_only else 0.5))
         found.append(
-            f"adjoint_clipnorm={r:.1g}, a usual |dL/dh_t| here, clips where it explodes; "
-            "or clipnorm in the optimizer, which scales the whole gradient"
+            f"adjoint_clipnorm={r:.1g}, a usual |dL/dh_t| in batches like this one (a mean "
+            "loss divides by their size), clips where it explodes; or clipnorm in the "
+            "optimizer, which scales the whole gradient"
         )
     if flow.sigma_max > 1.1:
         found.append(
