@@ -261,7 +261,10 @@ def _of_vanishing(flow):
             f"a smaller learning rate or a larger bias: {_percent(flow.dead)} of the "
             "units are 0 at every step"
         )
-    return found
+    return found or [
+        "if the far past matters: relu and the identity for U, shorter sequences, or a "
+        "layer with gates (LSTM, GRU); U itself is not what makes the gradient small"
+    ]
 
 
 def _line(values, width=32):
