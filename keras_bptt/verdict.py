@@ -61,8 +61,9 @@ def advice(flow):
     k = flow.suggest_truncation()
     if kind(flow) == free != "exploding" and k is not None and k <= flow.timesteps // 2:
         found.append(
-            f"truncation={_policy(flow, k)} would do, with an estimated bias of 5 %, if "
-            "nothing farther back matters to the task"
+            f"truncation={_policy(flow, k)} would do for these weights, with an estimated "
+            "bias of 5 %, if nothing farther back matters to the task; training changes "
+            "how far the gradient reaches: measure again after some of it"
         )
     return found
 
