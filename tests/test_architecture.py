@@ -20,7 +20,14 @@ RANKS = [
     ["passes", "masks", "blocks", "shards", "windows", "sliding"],
     ["residuals", "fused", "recurrence", "truncated", "probe"],
     ["arguments", "output_layer", "layers"],
-    ["measurement", "verdict", "layer_flow", "flow_plot", "model_flow", "gradient_flow"],
+    [
+        "measurement",
+        "verdict",
+        "layer_flow",
+        "flow_plot",
+        "model_flow",
+        "gradient_flow",
+    ],
     ["callbacks"],
     ["__init__"],
 ]
