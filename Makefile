@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench doctest examples-smoke lint format dist clean
+.PHONY: help demo flow test test-slow bench doctest examples-smoke lint format dist clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
@@ -21,6 +21,9 @@ help:  ## List the commands
 
 demo: $(VENV)/.installed  ## Train, compare, sample and save a language model (minutes)
 	$(BIN)/python examples/character_language_model.py
+
+flow: $(VENV)/.installed-examples  ## See gradients vanish and explode, draw a figure (minutes)
+	$(BIN)/python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
 
 # File by file in two processes: most of a test's time is TensorFlow tracing a graph, on
 # one core.
@@ -36,7 +39,7 @@ test-slow: $(VENV)/.installed-test  ## Run the tests that take long
 doctest: $(VENV)/.installed-test  ## Run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules keras_bptt || [ $$? -eq 5 ]
 
-examples-smoke: $(VENV)/.installed  ## Run every example in its short form
+examples-smoke: $(VENV)/.installed-examples  ## Run every example in its short form
 	@set -e; for example in examples/*.py; do \
 		output=$$(mktemp -d); \
 		echo "$$example --smoke"; \

@@ -50,7 +50,7 @@ def _over_time(axes, name, flow):
 def _by_lag(axes, flow, tolerance):
     lags = np.arange(len(flow.free_lag_norms))
     axes.plot(lags, _positive(flow.free_lag_norms), label="untruncated, unclipped")
-    if flow.lag_norms is not flow.free_lag_norms:
+    if not np.array_equal(flow.lag_norms, flow.free_lag_norms):
         own = _positive(flow.lag_norms)
         axes.plot(lags[: len(own)], own, "--", label="as the layer has it")
     k = flow.suggest_truncation(tolerance)

@@ -34,6 +34,12 @@ def explanation(flow):
             "layer, or what lies between lets nothing through"
         )
     words = f"{free}: {_course(flow)}"
+    if free == "exploding" and flow.adjoint_clipnorm is not None:
+        most = np.nanmax(flow.lag_norms)
+        words = (
+            f"exploding, but clipped: no step gets more than {most:.2g} times what the "
+            f"loss sent. Unclipped: {_course(flow)}"
+        )
     if kind(flow) != "truncated":
         return words
     k = flow.truncation.steps
@@ -52,12 +58,6 @@ def advice(flow):
         found += _of_explosion(flow)
     elif free == "vanishing":
         found += _of_vanishing(flow)
-    k = flow.suggest_truncation()
-    if kind(flow) == free != "exploding" and k is not None and k <= flow.timesteps // 2:
-        found.append(
-            f"truncation={_policy(flow, k)} would do, with an estimated bias of 5 %, if "
-            "nothing farther back matters to the task"
-        )
     return found
 
 
@@ -77,7 +77,7 @@ def summary(flow):
     rows = [
         ("|dL/dh_t|", *_line(flow.mean_adjoint), f"t = 1 ... {steps}"),
         (
-            "share left",
+            "by lag",
             *_line(flow.lag_norms),
             f"lag 0 ... {max(len(flow.lag_norms) - 1, 0)}",
         ),
@@ -128,6 +128,10 @@ def _course(flow):
         left = f"{_percent(VANISHED)} of it is left"
         return f"{_pace(flow)}; {left} after {lag} of {longest} steps"
     left = shares[-1] / shares[0]
+    if left > 1:
+        return (
+            f"dL/dh_t is {left:.3g} times as large after {longest} steps; {_pace(flow)}"
+        )
     return f"{_percent(left)} of dL/dh_t is left after {longest} steps; {_pace(flow)}"
 
 
@@ -197,23 +201,23 @@ def _windows(flow):
         k = flow.suggest_truncation(stride=stride)
         steps = "none shorter than the sequence" if k is None else f"{k} steps"
         found.append(steps + how)
-    return f"window for an estimated bias of 5 %: {', '.join(found)}"
+    return f"window for an estimated bias of 5 % at these weights: {', '.join(found)}"
 
 
 def _of_explosion(flow):
     found = []
-    ends = [row[np.isfinite(row) & (row > 0)][-1:] for row in flow.adjoint_norms]
-    ends = np.concatenate(ends)
-    if flow.adjoint_clipnorm is None and len(ends):
-        found.append(
-            f"adjoint_clipnorm={np.median(ends):.2g}, what |dL/dh_t| is at the last step, "
-            "clips where it explodes; or clipnorm in the optimizer, which scales the whole "
-            "gradient"
-        )
     if flow.sigma_max > 1.1:
         found.append(
             f"recurrent_initializer='orthogonal', all of whose singular values are 1: here "
             f"the largest is {flow.sigma_max:.3g}"
+        )
+    ends = [row[np.isfinite(row) & (row > 0)][-1:] for row in flow.adjoint_norms]
+    ends = np.concatenate(ends)
+    if flow.adjoint_clipnorm is None and len(ends):
+        found.append(
+            f"adjoint_clipnorm={np.median(ends):.2g}, what |dL/dh_t| is at the last step "
+            "of batches like this one (a mean loss divides by their size), clips where it "
+            "explodes; or clipnorm in the optimizer, which scales the whole gradient"
         )
     if flow.max_slope is not None and flow.max_slope > 1:
         found.append(
@@ -249,7 +253,10 @@ def _of_vanishing(flow):
             f"a smaller learning rate or a larger bias: {_percent(flow.dead)} of the "
             "units are 0 at every step"
         )
-    return found
+    return found or [
+        "if the far past matters: relu and the identity for U, shorter sequences, or a "
+        "layer with gates (LSTM, GRU); U itself is not what makes the gradient small"
+    ]
 
 
 def _line(values, width=32):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -47,6 +48,15 @@ KEY_LINES = {
         "TBPTT(4, 12)",
         "streaming.json",
     ],
+    "vanishing_and_exploding.py": [
+        "logistic regression on all pixels at once",
+        "small, gain 0.5, before training",
+        "  vanishing: dL/dh_t halves every",
+        "orthogonal, seed 0: test accuracy",
+        "32 examples, adjoint_clipnorm=0.0",
+        "network     verdict",
+        "vanishing_and_exploding.json",
+    ],
 }
 
 
@@ -68,6 +78,8 @@ def test_example_runs(name, tmp_path):
     assert finished.returncode == 0, finished.stderr
     for line in KEY_LINES[name]:
         assert line in finished.stdout
+    if name == "vanishing_and_exploding.py":
+        check_results_of_digits(tmp_path / "vanishing_and_exploding.json")
     if name != "character_language_model.py":
         return
     # Both layers have the same gradient: one short epoch leaves the same score.
@@ -77,6 +89,23 @@ def test_example_runs(name, tmp_path):
         if len(columns) == 3 and columns[0] in ("SimpleRNN", "BPTTRNN")
     }
     assert scores["BPTTRNN"] == pytest.approx(scores["SimpleRNN"], abs=0.01)
+
+
+def check_results_of_digits(path):
+    """At first the gradient shrinks or grows as the gain says, unless it is clipped."""
+    (found,) = json.loads(path.read_text())["seeds"]
+    ratios = {}
+    for name, network in found.items():
+        assert len(network["after"]["mean_adjoint"]) == 64
+        assert len(network["accuracy"]) == 1 and 0 < network["accuracy"][0] < 1
+        first, *_, last = network["before"]["mean_adjoint"]
+        ratios[name] = first / last
+    assert ratios["small"] <= 0.5**63
+    assert ratios["small"] < ratios["orthogonal"] < 1 < ratios["large"]
+    assert found["clipped"]["before"]["mean_adjoint"][0] <= (
+        found["clipped"]["adjoint_clipnorm"] * 1.001
+    )
+    assert path.with_suffix(".png").stat().st_size > 10_000
 
 
 def load(name):
@@ -106,6 +135,11 @@ def memory_span():
 @pytest.fixture(scope="module")
 def streaming():
     return load("streaming.py")
+
+
+@pytest.fixture(scope="module")
+def vanishing_and_exploding():
+    return load("vanishing_and_exploding.py")
 
 
 def test_text_repeats_no_paragraph(demo):
@@ -299,6 +333,19 @@ def test_streams_are_learned(streaming, monkeypatch, tmp_path):
         assert both < losses[-1] + 0.02 and losses[-1] < min(near, losses[0])
 
 
+def test_networks_differ_in_the_gain_alone(
+    vanishing_and_exploding, monkeypatch, tmp_path
+):
+    args = arguments_of(
+        vanishing_and_exploding, monkeypatch, "--output-dir", str(tmp_path)
+    )
+    build = vanishing_and_exploding.build_model
+    one, other = (build(gain, None, 3, args).get_weights() for gain in (1.0, 1.5))
+    one[1] *= 1.5
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
@@ -312,6 +359,16 @@ def test_streams_are_learned(streaming, monkeypatch, tmp_path):
         ("streaming.py", ["--updates", "15"], "--updates must be in tens"),
         ("streaming.py", ["--seed=-1"], "--seed must be in 0 ... 2**32 - 1"),
         ("streaming.py", ["--output-dir", __file__], "--output-dir must be a folder"),
+        (
+            "vanishing_and_exploding.py",
+            ["--large", "0.9"],
+            "--large above it. Received: --small 0.5, --large 0.9",
+        ),
+        (
+            "vanishing_and_exploding.py",
+            ["--seeds", "0"],
+            "--seeds must be a positive number",
+        ),
     ],
 )
 def test_bad_argument_of_the_others_is_named(

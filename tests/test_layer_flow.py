@@ -195,12 +195,11 @@ def test_advice_names_the_cause():
     assert any("50 % of the units are 0" in item for item in dead.advice)
     exploding = flow_of(decay(1.5))
     median = np.median(exploding.adjoint_norms[:, -1])
-    assert f"adjoint_clipnorm={median:.2g}, what" in exploding.advice[0]
-    assert any("orthogonal" in item and "1.2" in item for item in exploding.advice)
+    assert f"adjoint_clipnorm={median:.2g}, what" in exploding.advice[1]
+    assert "orthogonal" in exploding.advice[0] and "1.2" in exploding.advice[0]
     clipped = flow_of(decay(1.5), adjoint_clipnorm=1.0)
     assert not any("adjoint_clipnorm" in item for item in clipped.advice)
-    assert "truncation=Truncation(steps=5, stride=1)" in flow_of(vanishing).advice[-1]
-    assert "truncation=5 would" in flow_of(vanishing, last_step_only=True).advice[-1]
+    assert not flow_of(decay(0.95)).advice  # healthy
 
 
 # --- units that let nothing through
@@ -303,13 +302,10 @@ def test_it_is_plain_json(name):
 
 def test_the_sparkline_is_logarithmic_and_steady_where_nothing_happens():
     line = flow_of(decay(0.5)).summary().splitlines()
-    bars = next(row for row in line if "share left" in row)
+    bars = next(row for row in line if "by lag" in row)
     assert "█▇▆▅▄▃▂▁" in "".join(dict.fromkeys(bars))
-    bars = next(
-        row
-        for row in flow_of(np.ones(T)).summary().splitlines()
-        if "left" in row and "lag" in row
-    )
+    line = flow_of(np.ones(T)).summary().splitlines()
+    bars = next(row for row in line if "by lag" in row)
     assert len({c for c in bars if c in "▁▂▃▄▅▆▇█"}) == 1
 
 
