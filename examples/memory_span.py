@@ -106,9 +106,13 @@ def measure(name, k, args):
         "seconds": seconds,
         "suggested_before": [flow.suggest_truncation() for flow in before],
         "suggested_after": [flow.suggest_truncation() for flow in after],
-        "lag_norms_before": before[0].free_lag_norms.tolist(),
-        "lag_norms_after": after[0].free_lag_norms.tolist(),
+        "lag_norms_before": rounded(before[0].free_lag_norms),
+        "lag_norms_after": rounded(after[0].free_lag_norms),
     }
+
+
+def rounded(numbers):
+    return [float(f"{number:.4g}") for number in numbers]
 
 
 def judge(rows, args):
