@@ -57,7 +57,7 @@ def each(*checks):
     return check
 
 
-def tests_of(checks, mutations):
+def mutation_tests(checks, mutations):
     """Two tests: each of the checks passes on copies, and catches its mutations.
 
     Args:

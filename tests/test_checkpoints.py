@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import FLOAT64, few, relative_error, rng
-from mutation import tests_of
+from mutation import mutation_tests
 from test_recurrence import (
     MASKS,
     Problem,
@@ -572,4 +572,4 @@ MUTATIONS = [
 ]
 
 
-test_checks_pass_on_copies, test_mutation_is_caught = tests_of(CHECKS, MUTATIONS)
+test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)

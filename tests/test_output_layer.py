@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import FLOAT64, MODES, WAYS, few, relative_error, rng
-from mutation import tests_of
+from mutation import mutation_tests
 
 import keras_bptt.activations
 import keras_bptt.blocks
@@ -1137,4 +1137,4 @@ MUTATIONS = [
 ]
 
 
-test_checks_pass_on_copies, test_mutation_is_caught = tests_of(CHECKS, MUTATIONS)
+test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import rng, without_graphs
-from mutation import each, tests_of
+from mutation import each, mutation_tests
 from test_truncated import (
     FLOAT32,
     MASKS,
@@ -522,4 +522,4 @@ MUTATIONS = [
 ]
 
 
-test_checks_pass_on_copies, test_mutation_is_caught = tests_of(CHECKS, MUTATIONS)
+test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)

@@ -23,7 +23,7 @@ from helpers import (
     rng,
     without_graphs,
 )
-from mutation import each, tests_of
+from mutation import each, mutation_tests
 
 import keras_bptt.activations
 import keras_bptt.recurrence
@@ -1089,4 +1089,4 @@ MUTATIONS = [
 ]
 
 
-test_checks_pass_on_copies, test_mutation_is_caught = tests_of(CHECKS, MUTATIONS)
+test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)
