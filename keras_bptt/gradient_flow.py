@@ -113,13 +113,14 @@ def gradient_flow(
         numbers.setdefault(id(call.layer), []).append(
             measured(call, gradients, scale, loss_steps)
         )
-    flows = {}
+    flows, by_name = {}, {}
     for key, found in layers.items():
         name, number = found.name, 2
         while name in flows:
             name, number = f"{found.name}_{number}", number + 1
         flows[name] = _layer_flow(name, found, Measured.joined(numbers[key]))
-    return GradientFlow(flows)
+        by_name[name] = found
+    return GradientFlow(flows, by_name)
 
 
 def _layer_flow(name, layer, numbers):
