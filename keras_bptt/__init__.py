@@ -1,5 +1,6 @@
 """Recurrent networks trained with explicit backpropagation through time, in Keras."""
 
+from keras_bptt.callbacks import AdaptiveTruncation, GradientFlowLogger
 from keras_bptt.gradient_flow import gradient_flow
 from keras_bptt.layer_flow import LayerFlow
 from keras_bptt.layers import BPTTRNN
@@ -9,8 +10,10 @@ from keras_bptt.truncation import RandomizedTruncation, Truncation
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveTruncation",
     "BPTTRNN",
     "GradientFlow",
+    "GradientFlowLogger",
     "LayerFlow",
     "RandomizedTruncation",
     "Truncation",

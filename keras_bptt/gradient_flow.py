@@ -1,5 +1,8 @@
 """gradient_flow: how the gradient flows back through the recurrent layers of a model."""
 
+import functools
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -7,7 +10,7 @@ import tensorflow as tf
 from keras_bptt.activations import resolve
 from keras_bptt.layer_flow import LayerFlow, over_examples
 from keras_bptt.layers import BPTTRNN
-from keras_bptt.measurement import Measured, largest_slope, measured, run
+from keras_bptt.measurement import Measured, measured, run
 from keras_bptt.model_flow import GradientFlow
 from keras_bptt.truncation import positive_integer
 
@@ -113,13 +116,14 @@ def gradient_flow(
         numbers.setdefault(id(call.layer), []).append(
             measured(call, gradients, scale, loss_steps)
         )
-    flows = {}
+    flows, by_name = {}, {}
     for key, found in layers.items():
         name, number = found.name, 2
         while name in flows:
             name, number = f"{found.name}_{number}", number + 1
         flows[name] = _layer_flow(name, found, Measured.joined(numbers[key]))
-    return GradientFlow(flows)
+        by_name[name] = found
+    return GradientFlow(flows, by_name)
 
 
 def _layer_flow(name, layer, numbers):
@@ -148,9 +152,24 @@ def _layer_flow(name, layer, numbers):
         last_step_only=numbers.free_lags.last_step_only,
         singular_values=singular_values,
         spectral_radius=float(np.abs(np.linalg.eigvals(U)).max()) if finite else np.nan,
-        max_slope=largest_slope(activation, layer.units, layer.compute_dtype),
+        max_slope=_largest_slope(activation, layer.units, layer.compute_dtype),
         **off,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _largest_slope(activation, units, dtype):
+    """The largest f' for |z| <= 50; inf if it grows on, None if f mixes units."""
+    if activation.mixes:
+        return None
+
+    def largest(most):
+        z = np.linspace(-most, most, 20001)  # 0 is one of them
+        z = tf.constant(np.pad(z, (0, -len(z) % units)).reshape(-1, units), dtype)
+        return float(tf.reduce_max(activation.vjp(z, tf.ones_like(z))))
+
+    here, farther = largest(50.0), largest(60.0)
+    return here if farther <= 1.01 * here else math.inf
 
 
 class _Reduced(keras.losses.Loss):

@@ -194,11 +194,7 @@ class LayerFlow:
         Returns:
             k, or None: no window shorter than the sequence will do.
         """
-        if not _is_number(tolerance) or not 0 < tolerance < 1:
-            raise ValueError(
-                "`tolerance` must be a number between 0 and 1, the relative bias of the "
-                f"gradient. Received: tolerance={tolerance!r}. Pass 0.05 for 5 %."
-            )
+        check_tolerance(tolerance)
         if stride is not None and not positive_integer(stride):
             raise ValueError(
                 "`stride` must be a positive integer, the length of a block, or None. "
@@ -261,7 +257,15 @@ def over_examples(function, norms):
         return function(norms, axis=0)
 
 
-def _is_number(value):
+def check_tolerance(tolerance):
+    if not is_number(tolerance) or not 0 < tolerance < 1:
+        raise ValueError(
+            "`tolerance` must be a number between 0 and 1, the relative bias of the "
+            f"gradient. Received: tolerance={tolerance!r}. Pass 0.05 for 5 %."
+        )
+
+
+def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

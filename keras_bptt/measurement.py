@@ -1,28 +1,23 @@
 """What is measured of a layer while its model computes a loss and its gradient.
 
-A model is run once, eagerly, under a tape, with the probe of `probe.py` in its recurrences:
-that gives delta_t and a_t as they are in training, and the cotangents that each call of a
-layer receives. What a single loss sends back is measured of that call alone, from the
-cotangent of one step: with the layer's truncation and clipping, and without.
+A model is run once, eagerly, under a tape, which gives the cotangents that each call of a
+layer receives. The rest is measured of that call alone, by the probe of `probe.py`: delta_t
+and a_t as they are in training; and what a single loss sends back, from the cotangent of
+one step, with the layer's truncation and clipping, and without. These are cached graphs, in
+which the weights' gradients, that nobody asks for, are pruned.
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bptt.execution import run as graphed
 from keras_bptt.loops import size_of
 from keras_bptt.masks import packing, processing_order
-from keras_bptt.probe import (
-    in_order,
-    linearised,
-    observed,
-    probed_recurrence,
-    zeros_of,
-)
+from keras_bptt.probe import linearised, observed
 from keras_bptt.truncated import truncated_recurrence
 from keras_bptt.truncation import Truncation
 
@@ -43,12 +38,11 @@ class Call(NamedTuple):
     options: object
     constants: object
     arguments: tuple
-    zeros: tf.Tensor
     outputs: tuple
 
 
 class Recorder:
-    """Puts the probe into the recurrences of the layers that are wanted, and keeps them."""
+    """Keeps the recurrences of the layers that are wanted, and watches their outputs."""
 
     def __init__(self, tape, wanted):
         self.tape, self.wanted = tape, wanted
@@ -64,18 +58,16 @@ class Recorder:
                 f"eagerly. Received: {layer.name}, called inside a tf.function. Take the "
                 "tf.function, or the tf.map_fn, off the model for the measurement."
             )
-        x, _, U, *_ = arguments
         # Not compiled: for a single run it would not pay.
         options = dataclasses.replace(
             options, keep_states=True, unroll=False, jit_compile=False
         )
-        zeros = zeros_of(x, U)
-        self.tape.watch(zeros)
-        outputs = probed_recurrence(options, constants, zeros, *arguments)
+        outputs = truncated_recurrence(options, constants, *arguments)
         # The output and the state may be one tensor, which would have both cotangents.
         outputs = tuple(map(tf.identity, outputs))
+        self.tape.watch(outputs)
         arguments = tf.nest.map_structure(_number, arguments)
-        self.calls.append(Call(layer, options, constants, arguments, zeros, outputs))
+        self.calls.append(Call(layer, options, constants, arguments, outputs))
         return outputs
 
 
@@ -148,7 +140,7 @@ class Measured(NamedTuple):
 
 
 def run(model, x, loss, wanted, training):
-    """Run the model and `loss(y_pred)`; return the calls, their gradients, and all names.
+    """Run the model and `loss(y_pred)`; return the calls, their cotangents, and all names.
 
     The state of the model stays as it is: what stateful layers, batch normalisation, seeds
     and metrics would assign goes to the scope, and with it.
@@ -158,29 +150,27 @@ def run(model, x, loss, wanted, training):
         recorder = Recorder(tape, wanted)
         with observed(recorder):
             value = loss(model(x, training=training))
-    sources = [(call.zeros, *call.outputs) for call in recorder.calls]
+    sources = [call.outputs for call in recorder.calls]
     zero = tf.UnconnectedGradients.ZERO
     gradients = tape.gradient(value, sources, unconnected_gradients=zero)
     return list(zip(recorder.calls, gradients, strict=True)), recorder.seen
 
 
-def measured(call, gradients, scale, loss_steps):
-    """The numbers of one call, given the gradients by its zeros and its outputs."""
-    d_zeros, *cotangents = gradients
+def measured(call, cotangents, scale, loss_steps):
+    """The numbers of one call, given the gradients by its outputs."""
     options, constants = call.options, call.constants
     x, W, U, h_0, b, *_ = call.arguments
     free = dataclasses.replace(options, truncation=None, adjoint_clipnorm=None)
     # With windows of one step the adjoint is the cotangent e_t of the step itself.
     single = dataclasses.replace(free, truncation=Truncation(1))
     plain = constants._replace(factors=None)
-    _, back = linearised(single, plain, *call.arguments)
-    _, e = back(*cotangents)
+    e = graphed(_sent, single, plain, cotangents, *call.arguments)
 
     # Each example's masked steps first, so that lag k is k places from its last real step.
     x, mask = processing_order(options, x, constants.mask)
     order, real, factors = None, None, constants.factors
     if mask is not None:
-        order, real = packing(mask), mask.numpy()
+        order, real = packing(mask).numpy(), mask.numpy()
         given = (x, mask, e, factors)
         x, mask, e, factors = (
             t if t is None else tf.gather(t, order, batch_dims=1) for t in given
@@ -188,7 +178,7 @@ def measured(call, gradients, scale, loss_steps):
         e = tf.where(mask[:, :, None], e, tf.zeros_like(e))
     arguments = x, W, U, h_0, b, None, None
 
-    def lags(policy, factors):
+    def sent_back(policy, factors):
         each = dataclasses.replace(
             policy,
             return_sequences=True,
@@ -196,39 +186,57 @@ def measured(call, gradients, scale, loss_steps):
             go_backwards=False,
         )
         given = constants._replace(mask=mask, factors=factors)
-        (h, _), back = linearised(each, given, *arguments)
-        return h, _lags(back, e, scale, mask, loss_steps)
 
-    h, free_lags = lags(free, None)
+        def back(places):
+            return graphed(_sent_back, each, given, places, e, *arguments)
+
+        return _lags(back, _norms(e), mask, loss_steps)
+
+    h, free_lags, *norms = sent_back(free, None)
     own_lags = free_lags
     if options != free or factors is not None:
-        _, own_lags = lags(options, factors)
-
-    def in_place(t):
-        """The norms (batch, timesteps), NaN at masked steps."""
-        norms = _norms(t) / scale
-        return norms if real is None else np.where(real, norms, np.nan)
-
+        _, own_lags, *norms = sent_back(options, factors)
+    delta, a = (_in_place(n.numpy() / scale, order, real) for n in norms)
     off = _off(call.layer.activation, h, order, real)
-    delta, a = map(in_place, in_order(options, d_zeros))
     return Measured(a, delta, own_lags, free_lags, *off)
 
 
-def _lags(back, e, scale, mask, loss_steps):
-    """What single losses send back; e (batch, timesteps, units), in packed order."""
-    steps = size_of(e, 1)
-    sent = _norms(e) / scale
+def _sent(options, constants, cotangents, *arguments):
+    """a, in the order of processing."""
+    _, back = linearised(options, constants, *arguments)
+    return back(*cotangents)[1]
+
+
+def _sent_back(options, constants, places, e, *arguments):
+    """h, the norms of delta and a, and of a for the loss at each place alone.
+
+    The latter are (places, batch, timesteps).
+    """
+    (h, state), back = linearised(options, constants, *arguments)
+    state = tf.zeros_like(state)
+
+    def alone(s):
+        here = tf.range(size_of(e, 1))[None, :, None] == s
+        return _norms(back(tf.where(here, e, tf.zeros_like(e)), state)[1])
+
+    each = tf.map_fn(alone, places, fn_output_signature=tf.float64)
+    return h, *map(_norms, back(e, state)), each
+
+
+def _lags(back, sent, mask, loss_steps):
+    """h, what single losses send back, and the norms of delta and a; in packed order."""
+    sent = sent.numpy()
+    steps = sent.shape[1]
     real = np.ones(sent.shape, bool) if mask is None else mask.numpy()
     losses = np.flatnonzero(np.any(sent > 0, axis=0))
     lags = Lags(np.zeros(steps), np.zeros(steps), losses.tolist() == [steps - 1])
-    state = tf.zeros_like(e[:, 0])
-    for s in _spread(losses, loss_steps):
-        here = tf.range(steps)[None, :, None] == s
-        _, a = back(tf.where(here, e, tf.zeros_like(e)), state)
-        reached = np.where(real, _norms(a) / scale, 0)[:, s::-1]
+    places = _spread(losses, loss_steps)
+    h, delta, a, each = back(tf.constant(places, tf.int32))
+    for s, alone in zip(places, each.numpy(), strict=True):
+        reached = np.where(real, alone, 0)[:, s::-1]
         lags.reached[: s + 1] += reached.sum(0)
         lags.sent[: s + 1] += np.where(real[:, s::-1], sent[:, s, None], 0).sum(0)
-    return lags
+    return h, lags, delta, a
 
 
 def _spread(places, number):
@@ -249,26 +257,20 @@ def _off(activation, h, order, real):
     if name not in _OFF or activation is not getattr(keras.activations, name):
         return None, None
     off = _OFF[name](h.numpy().astype(np.float64))
+    share = _in_place(off.mean(2), order, real)
+    always = (
+        off if real is None else off | ~np.take_along_axis(real, order, 1)[..., None]
+    )
+    return share, always.all((0, 1))
+
+
+def _in_place(array, order, real):
+    """(batch, timesteps) from packed order; NaN at masked steps."""
     if real is None:
-        return off.mean(2), off.all((0, 1))
-    unpacked = np.empty_like(off)
-    np.put_along_axis(unpacked, order.numpy()[:, :, None], off, axis=1)
-    share = np.where(real, unpacked.mean(2), np.nan)
-    return share, (unpacked | ~real[:, :, None]).all((0, 1))
-
-
-def largest_slope(activation, units, dtype):
-    """The largest f' for |z| <= 50; inf if it grows on, None if f mixes units."""
-    if activation.mixes:
-        return None
-
-    def largest(most):
-        z = np.linspace(-most, most, 20001)  # 0 is one of them
-        z = tf.constant(np.pad(z, (0, -len(z) % units)).reshape(-1, units), dtype)
-        return float(tf.reduce_max(activation.vjp(z, tf.ones_like(z))))
-
-    here, farther = largest(50.0), largest(60.0)
-    return here if farther <= 1.01 * here else math.inf
+        return array
+    places = np.empty_like(array)
+    np.put_along_axis(places, order, array, axis=1)
+    return np.where(real, places, np.nan)
 
 
 def _norms(t):
@@ -276,8 +278,8 @@ def _norms(t):
 
     In float64, for the squares of float32 would overflow.
     """
-    norms = np.linalg.norm(t.numpy().astype(np.float64), axis=-1)
-    return np.nan_to_num(norms, nan=np.inf, posinf=np.inf)
+    norms = tf.norm(tf.cast(t, tf.float64), axis=-1)
+    return tf.where(tf.math.is_nan(norms), tf.constant(np.inf, tf.float64), norms)
 
 
 def _number(t):

@@ -3,6 +3,8 @@
 import collections.abc
 from typing import Any
 
+import keras
+
 from keras_bptt import flow_plot
 from keras_bptt.layer_flow import LayerFlow
 
@@ -13,6 +15,9 @@ class GradientFlow(collections.abc.Mapping):
     In the order in which the model calls them. `print` shows the report, `plot` draws it,
     `to_dict` is plain JSON.
 
+    Attributes:
+        layers: the layers themselves, by the same names.
+
     >>> import keras, numpy as np
     >>> from keras_bptt import BPTTRNN, gradient_flow
     >>> model = keras.Sequential([keras.Input((10, 2)), BPTTRNN(4, name="rnn")])
@@ -21,8 +26,11 @@ class GradientFlow(collections.abc.Mapping):
     (['rnn'], (3, 10))
     """
 
-    def __init__(self, flows: dict[str, LayerFlow]):
+    def __init__(
+        self, flows: dict[str, LayerFlow], layers: dict[str, keras.Layer] | None = None
+    ):
         self._flows = flows
+        self.layers = layers or {}
 
     def __getitem__(self, name: str) -> LayerFlow:
         if name not in self._flows:

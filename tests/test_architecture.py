@@ -28,7 +28,7 @@ RANKS = [
         "model_flow",
         "gradient_flow",
     ],
-    ["callbacks"],
+    ["events", "measuring", "callbacks"],
     ["__init__"],
 ]
 ORDER = [name for rank in RANKS for name in rank]

@@ -1,0 +1,288 @@
+"""Callbacks of `fit`: the gradient flow in its logs, and windows that follow it."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt import events
+from keras_bptt.layer_flow import check_tolerance, is_number
+from keras_bptt.measuring import Measuring, check_positive, quantities
+from keras_bptt.truncation import RandomizedTruncation, Truncation
+
+# The decades of |dL/dh_t| between the ends of the colours.
+DECADES = (-8, 2)
+
+
+class GradientFlowLogger(Measuring):
+    """Logs how the gradient flows back through the BPTTRNN layers, epoch by epoch.
+
+    Use it to see when training begins to lose the gradient, or to blow up. At the end of
+    the epochs 0, `every`, 2 `every`, ... (and of the first one) it measures `gradient_flow`
+    on one batch, and puts a number f"{layer}_{quantity}" of each layer into the logs:
+
+        adjoint_norm     |dL/dh_t|, the mean over steps and examples
+        delta_norm       |dL/dz_t|, the same
+        factor           by how much one step multiplies the gradient
+        half_life        after so many steps half of it is left
+        lag_share        the share of a loss that reaches the longest lag
+        sigma_max        the largest singular value of the recurrent kernel
+        spectral_radius  the largest absolute value of its eigenvalues
+        saturated        the share of saturated units; of tanh and sigmoid
+        inactive         the share of units that are 0; of relu
+
+    The norms are those of training, with the layer's truncation and clipping; factor,
+    half-life and share are without. In the epochs between, the numbers are the last ones.
+    So `History`, the progress bar and every callback that stands behind this one have them:
+    `EarlyStopping` (say its `mode`) and the like. Training goes on as it would without: no
+    weight, no state and no seed changes.
+
+    With `log_dir` TensorBoard shows the same under gradient_flow/{layer}/{quantity}, the
+    verdict in words, and |dL/dh_t| as a heat map: from left to right the steps, from top to
+    bottom the epochs measured, colours from 1e-8 (dark) to 1e2 (bright), means over the
+    examples and, of more than 256 steps or epochs, over neighbours. Masked steps are grey.
+
+    Cost: `gradient_flow` of at most `examples` examples, with `loss_steps` single losses
+    followed back, whatever the length of the epoch; the heat map at most 256 x 256 cells.
+
+    Args:
+        validation_batch: a tuple (x, y) or (x, y, sample_weight) of arrays, tensors or
+            nests of them, as `fit` takes one batch.
+        every: measure every so many epochs.
+        layer: the name of a layer, or the layer, to measure that alone. None: all.
+        log_dir: a folder for TensorBoard's events, or None.
+        examples: at most so many are measured, the first of the batch. A model of a fixed
+            batch size (stateful layers) needs that many.
+        loss_steps: so many single losses are followed back, as in `gradient_flow`.
+
+    Attributes:
+        flow: the last `GradientFlow`, None before the first.
+
+    Raises:
+        ValueError: for arguments out of their range; at the end of the first epoch for what
+            `gradient_flow` raises, such as a layer that is not there.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_bptt import BPTTRNN, GradientFlowLogger
+    >>> x, y = np.ones((4, 20, 2)), np.ones((4, 3))
+    >>> model = keras.Sequential([keras.Input((20, 2)), BPTTRNN(3, name="rnn")])
+    >>> model.compile("sgd", "mse")
+    >>> logger = GradientFlowLogger((x, y), every=2)
+    >>> stop = keras.callbacks.EarlyStopping("rnn_adjoint_norm", mode="max")
+    >>> fitted = model.fit(x, y, epochs=2, verbose=0, callbacks=[logger, stop])
+    >>> len(fitted.history["rnn_half_life"]), logger.flow["rnn"].timesteps
+    (2, 20)
+    """
+
+    def __init__(
+        self,
+        validation_batch,
+        *,
+        every=1,
+        layer=None,
+        log_dir=None,
+        examples=16,
+        loss_steps=4,
+    ):
+        super().__init__(validation_batch, every, layer, examples, loss_steps)
+        self.log_dir = log_dir
+        self._writer = None
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._rows = {}
+        if self.log_dir is not None:
+            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _measured(self, epoch):
+        numbers = {name: quantities(flow) for name, flow in self.flow.items()}
+        if self._writer is not None:
+            # Keras' own TensorBoard callback may have told others to be silent.
+            with self._writer.as_default(), tf.summary.record_if(True):
+                self._write(epoch, numbers)
+            self._writer.flush()
+        return {
+            f"{name}_{quantity}": value
+            for name, values in numbers.items()
+            for quantity, value in values.items()
+        }
+
+    def _write(self, epoch, numbers):
+        for name, flow in self.flow.items():
+            tag = f"gradient_flow/{name}"
+            for quantity, value in numbers[name].items():
+                events.scalar(f"{tag}/{quantity}", value, epoch)
+            words = [flow.explanation, *(f"- {item}" for item in flow.advice)]
+            events.text(f"{tag}/verdict", "\n\n".join(words), epoch)
+            with np.errstate(divide="ignore"):
+                row = np.log10(events.fewer(flow.mean_adjoint))
+            rows = self._rows.setdefault(name, [])
+            rows.append(row)
+            events.image(
+                f"{tag}/adjoint_norms",
+                events.heat_map(np.stack(rows), *DECADES),
+                epoch,
+                "Mean of |dL/dh_t|: steps from left to right, epochs from top to bottom, "
+                f"colours from 1e{DECADES[0]} (dark) to 1e{DECADES[1]} (bright).",
+            )
+
+
+class AdaptiveTruncation(Measuring):
+    """Moves the window of the truncation to where its bias is within a tolerance.
+
+    Use it where full backpropagation is too slow or too noisy, and how far back the
+    gradient matters is not known or changes in training. At the end of the epochs 0,
+    `every`, 2 `every`, ... (and of the first one) it measures `gradient_flow` on one batch,
+    all these layers without truncation, and sets for each
+
+        k = flow.suggest_truncation(tolerance, stride)      truncation = Truncation(k, ...)
+
+    in blocks as the layer has them: chunks where its truncation is None or chunks, else
+    its own stride, or k where k is less. So the window grows beyond the present one in one
+    step. Where no window shorter than the sequences of the batch will do, the layer gets
+    full backpropagation, None, or `max_steps`. The number of steps is logged as
+    f"{layer}_window"; the number of timesteps where it is full. What the bias says and
+    does not say: `LayerFlow.truncation_bias`.
+
+    Cost: `gradient_flow` of at most `examples` examples, with `loss_steps` single losses
+    followed back; the first time twice. An epoch that changes a window costs more:
+    `model.make_train_function(force=True)`, once for all layers, so that the next step is
+    traced and compiled anew, some seconds. Changes by a share of at most `slack` are
+    therefore not made.
+
+    Args:
+        validation_batch: a tuple (x, y) or (x, y, sample_weight) of arrays, tensors or
+            nests of them, as `fit` takes one batch. Its sequences should be as long as
+            those of training.
+        tolerance: between 0 and 1, the relative bias of the gradient.
+        every: measure every so many epochs.
+        layer: the name of a layer, or the layer, to move its window alone. None: all.
+        max_steps: the longest window, or None.
+        slack: changes of at most this share of the present window are not made, unless
+            that is longer than `max_steps`.
+        examples: at most so many are measured, the first of the batch. A model of a fixed
+            batch size (stateful layers) needs that many.
+        loss_steps: so many single losses are followed back, as in `gradient_flow`.
+
+    Attributes:
+        flow: the last `GradientFlow`, without truncation; None before the first.
+
+    Raises:
+        ValueError: for arguments out of their range; at the end of the first epoch for a
+            layer with a `RandomizedTruncation`, which has no window, and for what
+            `gradient_flow` raises, such as a layer that is not there.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_bptt import AdaptiveTruncation, BPTTRNN
+    >>> half = keras.initializers.Identity(0.5)
+    >>> rnn = BPTTRNN(3, "linear", recurrent_initializer=half, truncation=1, name="rnn")
+    >>> model = keras.Sequential([keras.Input((20, 2)), rnn])
+    >>> model.compile(keras.optimizers.SGD(0.0), "mse")
+    >>> x, y = np.ones((4, 20, 2)), np.ones((4, 3))
+    >>> window = AdaptiveTruncation((x, y), tolerance=0.05)
+    >>> fitted = model.fit(x, y, epochs=2, verbose=0, callbacks=[window])
+    >>> fitted.history["rnn_window"], rnn.truncation
+    ([5, 5], Truncation(steps=5))
+
+    References:
+        - Aicher, Foti & Fox, Adaptively truncating backpropagation through time to control
+          gradient bias, 2019 (arXiv 1905.07473).
+    """
+
+    def __init__(
+        self,
+        validation_batch,
+        tolerance=0.05,
+        *,
+        every=1,
+        layer=None,
+        max_steps=None,
+        slack=0.1,
+        examples=16,
+        loss_steps=8,
+    ):
+        check_tolerance(tolerance)
+        if max_steps is not None:
+            check_positive("max_steps", max_steps, "the longest window, or None")
+        if not is_number(slack) or not 0 <= slack < math.inf:
+            raise ValueError(
+                "`slack` must be a number of at least 0, the share of the present window "
+                f"that a change must exceed. Received: slack={slack!r}. Pass 0.1 for 10 %."
+            )
+        super().__init__(validation_batch, every, layer, examples, loss_steps)
+        self.tolerance, self.max_steps, self.slack = tolerance, max_steps, slack
+        # What each layer was given, and the stride that it began with: full
+        # backpropagation, or a window shorter than the stride, would not tell.
+        self._given = {}
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._layers = {}
+
+    def _flow(self):
+        """Without windows: layers below see the losses through those of layers above."""
+        if not self._layers:
+            self._layers = super()._flow().layers
+            for name, layer in self._layers.items():
+                _check_window(name, layer)
+        windows = {layer: layer.truncation for layer in self._layers.values()}
+        try:
+            for layer in windows:
+                layer.truncation = None
+            return super()._flow()
+        finally:
+            for layer, window in windows.items():
+                layer.truncation = window
+
+    def _measured(self, epoch):
+        changed, logged = False, {}
+        for name, layer in self._layers.items():
+            flow, before = self.flow[name], layer.truncation
+            layer.truncation = self._policy(layer, flow)
+            changed |= layer.truncation != before
+            logged[f"{name}_window"] = _steps(layer.truncation, flow.timesteps)
+        if changed:
+            # What is traced goes on with the former windows.
+            self.model.make_train_function(force=True)
+        return logged
+
+    def _policy(self, layer, flow):
+        """The truncation that the layer is to have."""
+        own, most = layer.truncation, self.max_steps
+        given, stride = self._given.get(layer, (None, None))
+        if own != given:
+            stride = None if own is None or own.stride == own.steps else own.stride
+        k = flow.suggest_truncation(self.tolerance, stride)
+        if most is not None:
+            k = most if k is None else min(k, most)
+        new = None
+        if k is not None:
+            new = Truncation(k, None if stride is None else min(stride, k))
+        now, then = (_steps(policy, flow.timesteps) for policy in (own, new))
+        if abs(then - now) <= self.slack * now and (most is None or now <= most):
+            new = own
+        self._given[layer] = new, stride
+        return new
+
+
+def _steps(policy, timesteps):
+    """How far back losses reach in a sequence."""
+    return timesteps if policy is None else min(policy.steps, timesteps)
+
+
+def _check_window(name, layer):
+    if isinstance(layer.truncation, RandomizedTruncation):
+        raise ValueError(
+            "A RandomizedTruncation has no window that could be moved. Received: layer "
+            f"{name}, with {layer.truncation}. Make it with a Truncation or None, or name "
+            "another layer: layer='...'."
+        )

@@ -1,0 +1,559 @@
+"""The callbacks: what they log, that they change nothing else, and where windows go.
+
+Layers are linear, their recurrent kernels multiples of the identity, where a number is to
+be known beforehand: then a share q^k of a loss reaches k steps back, and for the loss of
+the last state the bias of k steps is q^k.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import random_inputs
+
+from keras_bptt import (
+    BPTTRNN,
+    AdaptiveTruncation,
+    GradientFlow,
+    GradientFlowLogger,
+    RandomizedTruncation,
+    Truncation,
+    events,
+    gradient_flow,
+    measuring,
+)
+
+B, T, D, H = 4, 12, 2, 3
+X, Y = (random_inputs(*shape).astype("float32") for shape in [(B, T, D), (B, 2)])
+KEYS = "adjoint_norm delta_norm factor half_life lag_share sigma_max spectral_radius"
+
+
+def model_of(*layers, lr=0.0, model_class=keras.Sequential, timesteps=T):
+    model = model_class([keras.Input((timesteps, D)), *layers, keras.layers.Dense(2)])
+    model.compile(keras.optimizers.SGD(lr), "mse")
+    return model
+
+
+def decaying(q, truncation=None, name="rnn", **options):
+    """A layer of which a share q^k of a loss reaches k steps back."""
+    kernel = keras.initializers.Identity(q)
+    options = {"recurrent_initializer": kernel, "jit_compile": False} | options
+    return BPTTRNN(H, "linear", truncation=truncation, name=name, **options)
+
+
+def fit(model, *callbacks, epochs=1, x=X, y=Y, **options):
+    options = {"verbose": 0, "shuffle": False} | options
+    return model.fit(x, y, B, epochs, callbacks=list(callbacks), **options).history
+
+
+def epoch_of(callback, model, epoch=0):
+    """The logs after one epoch end, without an epoch."""
+    logs = {}
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_epoch_end(epoch, logs)
+    return logs
+
+
+# What is logged.
+
+
+def test_the_logs_hold_what_gradient_flow_gives():
+    layers = [
+        BPTTRNN(H, return_sequences=True, truncation=5, name="first"),
+        BPTTRNN(H, "relu", name="second", jit_compile=False),
+    ]
+    model = model_of(*layers, lr=0.1)
+    weight = np.arange(1.0, B + 1)
+    logger = GradientFlowLogger((X, Y, weight), every=2, examples=3, loss_steps=2)
+    history = fit(model, logger, epochs=3)
+    flow = gradient_flow(model, X[:3], Y[:3], sample_weight=weight[:3], loss_steps=2)
+    for name, off in [("first", "saturated"), ("second", "inactive")]:
+        each = flow[name]
+        expected = {
+            "adjoint_norm": np.mean(each.adjoint_norms),
+            "delta_norm": np.mean(each.delta_norms),
+            "factor": each.factor,
+            "half_life": each.half_life,
+            "lag_share": each.free_lag_norms[-1],
+            "sigma_max": each.sigma_max,
+            "spectral_radius": each.spectral_radius,
+            off: np.mean(getattr(each, off)),
+        }
+        assert {k for k in history if k.startswith(name)} == {
+            f"{name}_{quantity}" for quantity in expected
+        }
+        for quantity, value in expected.items():
+            values = history[f"{name}_{quantity}"]
+            assert len(values) == 3 and all(type(v) is float for v in values)
+            assert values[2] == pytest.approx(value, rel=1e-6, abs=1e-9), quantity
+            assert values[0] == values[1], quantity
+    moved = history["first_adjoint_norm"]
+    assert moved[1] != moved[2], "measured anew in epoch 2"
+    assert logger.flow["first"].adjoint_norms.shape == (3, T)
+
+
+def test_known_numbers_are_logged():
+    logs = epoch_of(GradientFlowLogger((X, Y)), model_of(decaying(0.5)))
+    assert list(logs) == [f"rnn_{key}" for key in KEYS.split()]
+    for key in ("factor", "sigma_max", "spectral_radius"):
+        assert logs[f"rnn_{key}"] == pytest.approx(0.5, rel=1e-5)
+    assert logs["rnn_half_life"] == pytest.approx(1, rel=1e-5)
+    assert logs["rnn_lag_share"] == pytest.approx(0.5 ** (T - 1), rel=1e-4)
+
+
+def test_masked_steps_are_left_out():
+    x = X.copy()
+    x[:, :5] = 0
+    layers = [keras.layers.Masking(), decaying(1.0)]
+    logs = epoch_of(GradientFlowLogger((x, Y)), model := model_of(*layers))
+    norms = gradient_flow(model, x, Y)["rnn"].adjoint_norms
+    assert np.all(np.isnan(norms[:, :5]))
+    assert logs["rnn_adjoint_norm"] == pytest.approx(np.mean(norms[:, 5:]), rel=1e-6)
+
+
+def test_one_layer_of_several():
+    model = model_of(decaying(1.0, name="a", return_sequences=True), decaying(0.5))
+    logs = epoch_of(GradientFlowLogger((X, Y), layer="rnn"), model)
+    assert {key.partition("_")[0] for key in logs} == {"rnn"}
+
+
+def test_early_stopping_behind_it_stops():
+    rnn = decaying(0.5)
+    model = model_of(rnn)
+    logger = GradientFlowLogger((X, Y), every=3)
+    key = "rnn_sigma_max"
+    stop = keras.callbacks.EarlyStopping(
+        key, mode="max", patience=2, start_from_epoch=0
+    )
+    assert len(fit(model, logger, stop, epochs=6)[key]) == 3
+
+
+def test_the_first_epoch_of_a_later_fit_is_measured():
+    logger, rnn = GradientFlowLogger((X, Y), every=2), decaying(0.5)
+    model = model_of(rnn)
+    fit(model, logger)
+    rnn.cell.recurrent_kernel.assign(0.25 * np.eye(H))
+    history = fit(model, logger, epochs=4, initial_epoch=3)
+    assert history["rnn_factor"] == pytest.approx([0.25], rel=1e-5)
+
+
+def test_training_goes_on_as_without():
+    def trained(*callbacks):
+        keras.utils.set_random_seed(1)
+        rnn = BPTTRNN(H, dropout=0.2, recurrent_dropout=0.2, jit_compile=False)
+        normal = keras.layers.BatchNormalization()
+        model = keras.Sequential([keras.Input((T, D)), normal, rnn])
+        model.compile("adam", "mse", metrics=["mae"])
+        x, y = random_inputs(3 * B, T, D), random_inputs(3 * B, H)
+        history = fit(model, *callbacks, epochs=3, x=x, y=y, shuffle=True)
+        variables = [*model.variables, *model.optimizer.variables]
+        return history, [(v.path, np.array(v)) for v in variables]
+
+    history, numbers = trained()
+    batch = X, random_inputs(B, H)
+    logger = GradientFlowLogger(batch)
+    window = AdaptiveTruncation(batch, slack=9.0)
+    seen, others = trained(logger, window)
+    assert logger.flow and window.flow
+    assert {key: seen[key] for key in history} == history
+    for (path, number), (_, other) in zip(numbers, others, strict=True):
+        np.testing.assert_array_equal(other, number, err_msg=path)
+
+
+# TensorBoard.
+
+
+def events_of(folder):
+    """{tag: {step: (array, metadata)}} of what was written."""
+    (file,) = folder.iterdir()
+    found = {}
+    for record in tf.data.TFRecordDataset(str(file)):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        for value in event.summary.value:
+            array = tf.make_ndarray(value.tensor)
+            found.setdefault(value.tag, {})[event.step] = array, value.metadata
+    return found
+
+
+def pixels_of(array):
+    width, height, *images = array
+    pixels = [tf.io.decode_png(image).numpy() for image in images]
+    assert all(p.shape == (int(height), int(width), 3) for p in pixels)
+    return pixels[0]
+
+
+def test_tensorboard_has_the_numbers_the_words_and_the_map(tmp_path):
+    rnn = decaying(0.5)
+    model = model_of(rnn)
+    logger = GradientFlowLogger((X, Y), every=2, log_dir=tmp_path / "logs")
+    board = keras.callbacks.TensorBoard(tmp_path / "other", write_graph=False)
+    board.on_train_begin = lambda logs=None: None  # its writers need tensorboard
+    kernels = {0: 0.5, 2: 1.0}
+    moves = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: rnn.cell.recurrent_kernel.assign(
+            kernels.get(epoch, 0.0) * np.eye(H)
+        )
+    )
+    history = fit(model, moves, logger, epochs=4)
+    found = events_of(tmp_path / "logs")
+    assert set(found) == {
+        f"gradient_flow/rnn/{what}"
+        for what in [*KEYS.split(), "verdict", "adjoint_norms"]
+    }
+    for key in KEYS.split():
+        points = found[f"gradient_flow/rnn/{key}"]
+        assert list(points) == [0, 2]
+        for step, (value, metadata) in points.items():
+            assert value == pytest.approx(history[f"rnn_{key}"][step], rel=1e-6)
+            assert metadata.plugin_data.plugin_name == "scalars"
+    words = found["gradient_flow/rnn/verdict"]
+    assert words[0][0].item().startswith(b"vanishing: dL/dh_t halves every 1 steps")
+    assert words[2][0].item().startswith(b"healthy")
+    assert words[2][0].item().decode().startswith(logger.flow["rnn"].explanation)
+    (first, metadata), (second, _) = found["gradient_flow/rnn/adjoint_norms"].values()
+    assert metadata.plugin_data.plugin_name == "images"
+    assert "1e-8" in metadata.summary_description
+    first, second = pixels_of(first), pixels_of(second)
+    cell = events.MOST_CELLS // T
+    assert first.shape == (16, T * cell, 3) and second.shape == (32, T * cell, 3)
+    # A row for each epoch measured: it gets brighter with t where the gradient vanishes.
+    np.testing.assert_array_equal(second[:16], first)
+    columns = second[:, ::cell].astype(int).sum(2)
+    assert np.all(np.diff(columns[0]) > 0) and np.all(np.diff(columns[16]) == 0)
+
+
+def test_keras_own_tensorboard_does_not_silence_it(tmp_path):
+    logger = GradientFlowLogger((X, Y), log_dir=tmp_path)
+    with tf.summary.record_if(False):
+        epoch_of(logger, model_of(decaying(0.5)))
+    logger.on_train_end()
+    assert "gradient_flow/rnn/factor" in events_of(tmp_path)
+
+
+def test_the_writer_is_closed(tmp_path):
+    logger = GradientFlowLogger((X, Y), log_dir=tmp_path)
+    writers = []
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: writers.append(logger._writer)
+    )
+    fit(model_of(decaying(0.5)), logger, watch)
+    with pytest.raises(RuntimeError, match="already closed"):
+        writers[0].as_default().__enter__()
+
+
+def test_colours_of_the_map():
+    table = np.array([[-8, 2, -np.inf, np.inf, np.nan, -3]])
+    pixels = events.heat_map(table, -8, 2)[0, :: 256 // 6].astype(int)
+    dark, bright, zero, infinite, missing, middle = pixels.tolist()
+    assert dark == zero == [68, 1, 84] and bright == infinite == [253, 231, 37]
+    assert missing == [128] * 3 and middle == [33, 145, 140]
+    grey = events.heat_map(np.arange(256.0)[None], 0, 255)[0] @ [0.3, 0.59, 0.11]
+    assert np.all(np.diff(grey) > -0.7), "brighter, but for the rounding to bytes"
+
+
+def test_large_maps_are_reduced():
+    table = np.linspace(-8, 2, 300)[:, None] + np.zeros(1000)
+    pixels = events.heat_map(table, -8, 2)
+    assert pixels.shape == (256, 256, 3)
+    assert (
+        np.all(pixels == pixels[:, :1]) and len(np.unique(pixels[:, 0], axis=0)) > 200
+    )
+
+
+# Where windows go. 0.5^5 < 0.05 < 0.5^4; 0.75^11 < 0.05 < 0.75^10.
+
+
+@pytest.mark.parametrize(
+    "q, before, after",
+    [
+        (0.75, 2, Truncation(11)),
+        (0.5, Truncation(10, stride=1), Truncation(5, stride=1)),
+        (1.0, 3, None),
+    ],
+    ids=str,
+)
+def test_the_window_moves_to_the_suggestion(q, before, after):
+    rnn = decaying(q, before)
+    logs = epoch_of(AdaptiveTruncation((X, Y)), model_of(rnn))
+    assert rnn.truncation == after
+    assert logs == {"rnn_window": after.steps if after else T}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A function from q to the flow of `decaying(q)`, measured of one of them."""
+    rnn = decaying(0.5)
+    flow = gradient_flow(model_of(rnn), X, Y)["rnn"]
+
+    def of(layer, q):
+        shares = dataclasses.replace(flow, free_lag_norms=q ** np.arange(float(T)))
+        return GradientFlow({"rnn": shares}, {"rnn": layer})
+
+    return of
+
+
+@pytest.fixture
+def moved(measured, monkeypatch):
+    """A function from q and a callback to the logs, of a layer without a model."""
+
+    def of(q, rnn, window):
+        flow = measured(rnn, q)
+        monkeypatch.setattr(measuring, "gradient_flow", lambda *args, **kwargs: flow)
+        return epoch_of(window, keras.Sequential())
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "q, before, options, after",
+    [
+        (0.75, 2, {}, Truncation(11)),
+        (0.5, 10, {}, Truncation(5)),
+        (0.5, None, {}, Truncation(5)),
+        (0.5, 2, {"tolerance": 0.2}, Truncation(3)),
+        (1.0, 3, {}, None),
+        (1.0, Truncation(3, stride=1), {}, None),
+        (1.0, 3, {"max_steps": 7}, Truncation(7)),
+        (0.75, 3, {"max_steps": 7}, Truncation(7)),
+        (0.5, 3, {"max_steps": 7}, Truncation(5)),
+        (0.5, Truncation(3, stride=1), {"max_steps": 4}, Truncation(4, stride=1)),
+        (1.0, None, {"max_steps": T - 1}, Truncation(T - 1)),
+        (1.0, None, {"max_steps": 99}, None),
+        (0.5, 6, {"slack": 0.2}, Truncation(6)),
+        (0.5, 6, {"slack": 0.16}, Truncation(5)),
+        (0.5, 4, {"slack": 0.25}, Truncation(4)),
+        (0.5, 4, {"slack": 0.24}, Truncation(5)),
+        (0.5, 6, {"slack": 0.2, "max_steps": 5}, Truncation(5)),
+        (0.75, None, {}, None),
+        (0.75, None, {"slack": 0}, Truncation(11)),
+        (0.5, Truncation(3, stride=1), {}, Truncation(5, stride=1)),
+        (0.5, Truncation(4, stride=2), {}, Truncation(5, stride=2)),
+        (0.5, Truncation(10, stride=8), {}, Truncation(5, stride=5)),
+    ],
+    ids=str,
+)
+def test_where_the_window_goes(q, before, options, after, moved):
+    rnn = BPTTRNN(H, truncation=before)
+    logs = moved(q, rnn, AdaptiveTruncation((X, Y), **options))
+    assert rnn.truncation == after
+    assert logs == {"rnn_window": min(after.steps, T) if after else T}
+
+
+@pytest.mark.parametrize("stride", [None, 1, 2])
+def test_the_suggestion_is_that_of_the_layers_own_blocks(stride):
+    """Of a loss at every step, where the stride makes a difference."""
+    rnn = decaying(0.5, Truncation(3, stride), return_sequences=True)
+    model, y = model_of(rnn), random_inputs(B, T, 2)
+    flow = gradient_flow(model, X, y)
+    suggested = {s: flow.suggest_truncation(0.092, s) for s in (None, 1, 2)}
+    assert suggested == {None: 11, 1: 4, 2: 5}
+    epoch_of(AdaptiveTruncation((X, y), 0.092), model)
+    assert rnn.truncation == Truncation(suggested[stride], stride)
+
+
+def test_the_kind_of_blocks_is_remembered(moved):
+    """Where the window says it no more: it is full, or shorter than the stride."""
+    rnn = BPTTRNN(H, truncation=Truncation(3, stride=2))
+    window = AdaptiveTruncation((X, Y), slack=0)
+    found = []
+    for q in (1.0, 0.2, 0.04, 0.5):
+        moved(q, rnn, window)
+        found.append(rnn.truncation)
+    assert found == [None, Truncation(2), Truncation(1), Truncation(5, stride=2)]
+    # But what somebody else sets counts as it is.
+    rnn.truncation = 3
+    moved(0.5, rnn, window)
+    assert rnn.truncation == Truncation(5)
+
+
+def test_layers_have_windows_of_their_own():
+    """Those of the flow without any: layers below see the losses through those above."""
+    both = keras.layers.Bidirectional(decaying(0.5, 1, return_sequences=True))
+    last = decaying(0.5, 1, "last", kernel_initializer="ones")
+    model = model_of(both, last)
+    both.backward_layer.cell.recurrent_kernel.assign(0.1 * np.eye(H))
+    window = AdaptiveTruncation((X, Y), 0.2)
+    logs = epoch_of(window, model)
+    layers = {"forward_rnn": both.forward_layer, "backward_rnn": both.backward_layer}
+    layers["last"] = last
+    own = {name: layer.truncation for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.truncation = None
+    flow = gradient_flow(model, X, Y)
+    expected = {name: flow[name].suggest_truncation(0.2, None) for name in layers}
+    assert len(set(expected.values())) == 3
+    for name, k in expected.items():
+        assert window.flow.layers[name] is layers[name]
+        assert own[name] == (k and Truncation(k)), name
+        assert logs[f"{name}_window"] == (k or T)
+
+
+def test_one_window_of_several():
+    other = decaying(0.5, 1, "other", return_sequences=True)
+    rnn = decaying(0.5, 1)
+    logs = epoch_of(AdaptiveTruncation((X, Y), layer=rnn), model_of(other, rnn))
+    assert (other.truncation, rnn.truncation) == (Truncation(1), Truncation(5))
+    assert list(logs) == ["rnn_window"]
+
+
+# The train function.
+
+
+class Counting(keras.Sequential):
+    """Counts how often its step is traced."""
+
+    traces = 0
+
+    def train_step(self, data):
+        Counting.traces += 1
+        return super().train_step(data)
+
+
+@pytest.fixture
+def traces():
+    Counting.traces = 0
+    return lambda: Counting.traces
+
+
+def gradient_by_window(weights, truncation):
+    """dL/dU at these weights, of another model with this truncation."""
+    rnn = decaying(0.5, truncation)
+    model = model_of(rnn)
+    model.set_weights(weights)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((Y - model(X, training=True)) ** 2)
+    return tape.gradient(loss, rnn.cell.recurrent_kernel.value).numpy()
+
+
+@pytest.mark.parametrize("rebuilt", [True, False], ids=["rebuilt", "negative control"])
+def test_a_changed_window_changes_the_next_step(rebuilt, traces, monkeypatch):
+    rnn = decaying(0.5, 1)
+    model = model_of(rnn, lr=0.1, model_class=Counting)
+    if not rebuilt:
+        make = model.make_train_function
+        monkeypatch.setattr(model, "make_train_function", lambda force=False: make())
+    weights = []
+    keep = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: weights.append(model.get_weights())
+    )
+    # One step an epoch: the window moves between the two.
+    fit(model, AdaptiveTruncation((X, Y), every=9), keep, epochs=2)
+    assert rnn.truncation.steps >= 4
+    old = gradient_by_window(weights[0], 1)
+    new = gradient_by_window(weights[0], rnn.truncation)
+    scale = np.max(np.abs(new))
+    assert np.max(np.abs(new - old)) > 0.1 * scale
+    (step,) = (
+        (before - after) / 0.1
+        for before, after, v in zip(*weights, model.weights, strict=True)
+        if v.name == "recurrent_kernel"
+    )
+    np.testing.assert_allclose(step, new if rebuilt else old, atol=1e-4 * scale)
+    assert traces() == 1 + rebuilt
+
+
+def test_changed_windows_rebuild_the_train_function_once(traces):
+    layers = decaying(0.5, 1, "a", return_sequences=True), decaying(0.5, 1)
+    model = model_of(*layers, model_class=Counting)
+    history = fit(model, AdaptiveTruncation((X, Y)), epochs=4)
+    assert traces() == 2
+    assert all(len(set(history[f"{name}_window"])) == 1 for name in ("a", "rnn"))
+    assert all(layer.truncation != Truncation(1) for layer in layers)
+
+
+def test_windows_that_stay_trace_nothing(traces):
+    model = model_of(decaying(0.5, 5), model_class=Counting)
+    function = []
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: function.append(model.train_function)
+    )
+    history = fit(model, AdaptiveTruncation((X, Y), every=2), keep, epochs=4)
+    assert history["rnn_window"] == [5] * 4
+    assert traces() == 1 and len({id(f) for f in function}) == 1
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("callback", [GradientFlowLogger, AdaptiveTruncation])
+@pytest.mark.parametrize("name", ["every", "examples", "loss_steps"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "2"], ids=str)
+def test_counts_that_are_none(callback, name, value):
+    with pytest.raises(
+        ValueError, match=f"`{name}` must be a positive.*Received: {name}="
+    ):
+        callback((X, Y), **{name: value})
+
+
+@pytest.mark.parametrize("callback", [GradientFlowLogger, AdaptiveTruncation])
+@pytest.mark.parametrize(
+    "batch, received",
+    [
+        (X, "ndarray of shape"),
+        (None, "NoneType"),
+        ([X, Y], "list"),
+        ((X,), "tuple"),
+        ((X, Y, Y, Y), "tuple"),
+        (
+            (X, Y[:-1]),
+            r"a tuple of ndarray of shape \(4, 12, 2\), ndarray of shape \(3,",
+        ),
+        ((X[:0], Y[:0]), "a tuple of ndarray of shape"),
+        ((X.tolist(), Y.tolist()), "a tuple of float"),
+        (tf.data.Dataset.from_tensors((X, Y)), "Dataset"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_batches_that_are_none(callback, batch, received):
+    with pytest.raises(
+        ValueError, match=f"`validation_batch` must.*Received: .*{received}"
+    ):
+        callback(batch)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[("tolerance", v) for v in (0, 1, -0.1, True, None, "0.1", np.nan)],
+        *[("max_steps", v) for v in (0, 2.5, True)],
+        *[("slack", v) for v in (-0.1, np.inf, np.nan, None, True)],
+    ],
+)
+def test_windows_that_cannot_be(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be.*Received: {name}="):
+        AdaptiveTruncation((X, Y), **{name: value})
+
+
+def test_a_randomized_truncation_has_no_window():
+    random = decaying(0.5, RandomizedTruncation(3), "random", return_sequences=True)
+    rnn = decaying(0.5, 1)
+    model = model_of(rnn_first := random, rnn)
+    with pytest.raises(
+        ValueError, match="no window.*Received: layer random, with Rand"
+    ):
+        epoch_of(AdaptiveTruncation((X, Y)), model)
+    assert rnn.truncation == Truncation(1), "all or none"
+    assert epoch_of(AdaptiveTruncation((X, Y), layer="rnn"), model) == {"rnn_window": 5}
+    assert rnn_first.truncation == RandomizedTruncation(3)
+
+
+@pytest.mark.parametrize("callback", [GradientFlowLogger, AdaptiveTruncation])
+def test_a_layer_that_is_not_there(callback):
+    with pytest.raises(ValueError, match="`layer` must be one.*Received: layer='gru'"):
+        epoch_of(callback((X, Y), layer="gru"), model_of(decaying(0.5)))
+
+
+@pytest.mark.parametrize("callback", [GradientFlowLogger, AdaptiveTruncation])
+def test_nests_and_whole_batches(callback):
+    """Inputs and targets by name, and a layer that keeps its state, for all examples."""
+    x = keras.Input(batch_shape=(B, T, D), name="x")
+    h = decaying(0.5, stateful=True)(x)
+    y = keras.layers.Dense(2, name="y")(h)
+    model = keras.Model({"x": x}, {"y": y})
+    model.compile("sgd", {"y": "mse"})
+    batch = {"x": X}, {"y": tf.constant(Y)}
+    logs = epoch_of(callback(batch, examples=B), model)
+    assert all(key.startswith("rnn_") for key in logs)
