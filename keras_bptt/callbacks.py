@@ -83,7 +83,7 @@ class GradientFlowLogger(Measuring):
         every=1,
         layer=None,
         log_dir=None,
-        examples=16,
+        examples=8,
         loss_steps=4,
     ):
         super().__init__(validation_batch, every, layer, examples, loss_steps)

@@ -146,7 +146,8 @@ def run(model, x, loss, wanted, training):
     and metrics would assign goes to the scope, and with it.
     """
     scope = keras.StatelessScope(collect_losses=True)
-    with tf.GradientTape() as tape, scope:
+    # Of the outputs of these layers alone: what lies before them needs no gradient.
+    with tf.GradientTape(watch_accessed_variables=False) as tape, scope:
         recorder = Recorder(tape, wanted)
         with observed(recorder):
             value = loss(model(x, training=training))
@@ -161,10 +162,7 @@ def measured(call, cotangents, scale, loss_steps):
     options, constants = call.options, call.constants
     x, W, U, h_0, b, *_ = call.arguments
     free = dataclasses.replace(options, truncation=None, adjoint_clipnorm=None)
-    # With windows of one step the adjoint is the cotangent e_t of the step itself.
-    single = dataclasses.replace(free, truncation=Truncation(1))
-    plain = constants._replace(factors=None)
-    e = graphed(_sent, single, plain, cotangents, *call.arguments)
+    e = _cotangents(free, constants, cotangents, *call.arguments)
 
     # Each example's masked steps first, so that lag k is k places from its last real step.
     x, mask = processing_order(options, x, constants.mask)
@@ -201,26 +199,42 @@ def measured(call, cotangents, scale, loss_steps):
     return Measured(a, delta, own_lags, free_lags, *off)
 
 
-def _sent(options, constants, cotangents, *arguments):
-    """a, in the order of processing."""
+def _cotangents(options, constants, cotangents, *arguments):
+    """e_t of each step, in the order of processing."""
+    x, *_, V, _ = arguments
+    if constants.mask is not None or V is not None:
+        # With windows of one step it is the adjoint.
+        single = dataclasses.replace(options, truncation=Truncation(1))
+        plain = constants._replace(factors=None)
+        return graphed(_adjoint, single, plain, cotangents, *arguments)
+    dy, ds = cotangents
+
+    def of_last(t):
+        return tf.pad(t[:, None], [[0, 0], [size_of(x, 1) - 1, 0], [0, 0]])
+
+    return (dy if options.return_sequences else of_last(dy)) + of_last(ds)
+
+
+def _adjoint(options, constants, cotangents, *arguments):
     _, back = linearised(options, constants, *arguments)
     return back(*cotangents)[1]
 
 
 def _sent_back(options, constants, places, e, *arguments):
-    """h, the norms of delta and a, and of a for the loss at each place alone.
+    """h, and of the loss at each place the norms of delta and a (places, batch, timesteps).
 
-    The latter are (places, batch, timesteps).
+    Of all losses at a place that is negative.
     """
     (h, state), back = linearised(options, constants, *arguments)
     state = tf.zeros_like(state)
 
-    def alone(s):
-        here = tf.range(size_of(e, 1))[None, :, None] == s
-        return _norms(back(tf.where(here, e, tf.zeros_like(e)), state)[1])
+    def norms(s):
+        here = (tf.range(size_of(e, 1)) == s) | (s < 0)
+        delta, a = back(tf.where(here[None, :, None], e, tf.zeros_like(e)), state)
+        return _norms(delta), _norms(a)
 
-    each = tf.map_fn(alone, places, fn_output_signature=tf.float64)
-    return h, *map(_norms, back(e, state)), each
+    of = (tf.float64, tf.float64)
+    return h, *tf.map_fn(norms, places, fn_output_signature=of)
 
 
 def _lags(back, sent, mask, loss_steps):
@@ -231,12 +245,12 @@ def _lags(back, sent, mask, loss_steps):
     losses = np.flatnonzero(np.any(sent > 0, axis=0))
     lags = Lags(np.zeros(steps), np.zeros(steps), losses.tolist() == [steps - 1])
     places = _spread(losses, loss_steps)
-    h, delta, a, each = back(tf.constant(places, tf.int32))
-    for s, alone in zip(places, each.numpy(), strict=True):
+    h, delta, a = back(tf.constant([-1, *places], tf.int32))
+    for s, alone in zip(places, a[1:].numpy(), strict=True):
         reached = np.where(real, alone, 0)[:, s::-1]
         lags.reached[: s + 1] += reached.sum(0)
         lags.sent[: s + 1] += np.where(real[:, s::-1], sent[:, s, None], 0).sum(0)
-    return h, lags, delta, a
+    return h, lags, delta[0], a[0]
 
 
 def _spread(places, number):
