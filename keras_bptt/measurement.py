@@ -175,14 +175,11 @@ def measured(call, cotangents, scale, loss_steps):
         )
         e = tf.where(mask[:, :, None], e, tf.zeros_like(e))
     arguments = x, W, U, h_0, b, None, None
+    as_packed = dict.fromkeys(["zero_output_for_mask", "go_backwards"], False)
+    as_packed["return_sequences"] = True
 
     def sent_back(policy, factors):
-        each = dataclasses.replace(
-            policy,
-            return_sequences=True,
-            zero_output_for_mask=False,
-            go_backwards=False,
-        )
+        each = dataclasses.replace(policy, **as_packed)
         given = constants._replace(mask=mask, factors=factors)
 
         def back(places):
@@ -233,8 +230,9 @@ def _sent_back(options, constants, places, e, *arguments):
         delta, a = back(tf.where(here[None, :, None], e, tf.zeros_like(e)), state)
         return _norms(delta), _norms(a)
 
-    of = (tf.float64, tf.float64)
-    return h, *tf.map_fn(norms, places, fn_output_signature=of)
+    # One by one: together they would take so many times the memory, and no less time.
+    how = {"fn_output_signature": (tf.float64,) * 2, "parallel_iterations": 1}
+    return h, *tf.map_fn(norms, places, **how)
 
 
 def _lags(back, sent, mask, loss_steps):
