@@ -175,11 +175,10 @@ def measured(call, cotangents, scale, loss_steps):
         )
         e = tf.where(mask[:, :, None], e, tf.zeros_like(e))
     arguments = x, W, U, h_0, b, None, None
-    as_packed = dict.fromkeys(["zero_output_for_mask", "go_backwards"], False)
-    as_packed["return_sequences"] = True
+    packed = dict(return_sequences=True, zero_output_for_mask=False, go_backwards=False)
 
     def sent_back(policy, factors):
-        each = dataclasses.replace(policy, **as_packed)
+        each = dataclasses.replace(policy, **packed)
         given = constants._replace(mask=mask, factors=factors)
 
         def back(places):
