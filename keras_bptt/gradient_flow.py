@@ -48,10 +48,11 @@ def gradient_flow(
     h_t, and their gradients are delta_t and a_t. The weights and the state of the model
     (stateful layers, batch normalisation, seeds) stay as they are.
 
-    Cost: of each layer about 4 training steps' products (the probe doubles the units) for
-    the batch, and as much for each of `loss_steps` single losses, twice where the layer has
-    a truncation or clips. The model is run eagerly, once. Memory: of one layer some
-    (batch, timesteps, 2 units) at a time. A few dozen examples are enough.
+    Cost: of each layer less than 4 training steps' products (the probe doubles the units)
+    for the batch, and as much for each of `loss_steps` single losses, twice where the layer
+    has a truncation or clips. The model is run eagerly, once; the rest are graphs, traced
+    for a second or two the first time. Memory: of one layer some (batch, timesteps,
+    2 units) at a time. A few dozen examples are enough.
 
     Args:
         model: a built Keras model that calls one or more `BPTTRNN`, anywhere in it:
