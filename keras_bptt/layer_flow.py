@@ -35,7 +35,8 @@ class LayerFlow:
         delta_norms: |delta_t| (examples, timesteps).
         lag_norms: how much of a loss reaches k = 0, 1, ... steps back, as a share of what
             it is at its own step; with the layer's truncation and clipping.
-        free_lag_norms: the same without truncation and clipping.
+        free_lag_norms: the same without truncation and clipping of this layer. What layers
+            above it send is as they send it, truncated where they are.
         last_step_only: whether the loss reads the last state alone.
         singular_values: of U, the recurrent kernel, the largest first.
         spectral_radius: the largest absolute value of U's eigenvalues.
