@@ -80,6 +80,16 @@ def test_norms_of_any_linear_network_are_those_of_powers_of_U():
     np.testing.assert_allclose(flow.spectral_radius, 1.1)
 
 
+def test_a_last_output_in_a_window_has_its_cotangent_once():
+    """There the output and the state are one tensor."""
+    x, y = data(H)
+    model = linear(0.7 * orthogonal(), truncation=4)
+    flow = gradient_flow(model, x, y, loss=MSE)["rnn"]
+    e = np.linalg.norm(cotangents(model, x, y), axis=1)[:, None]
+    expected = np.r_[np.zeros(T - 4), 0.7 ** np.arange(4)[::-1]]
+    np.testing.assert_allclose(flow.adjoint_norms, e * expected, rtol=1e-12)
+
+
 def test_losses_at_every_step_are_followed_back_one_by_one():
     _, U, _ = random_weights(D, H, radius=1.1)
     x, y = data(T, H)
