@@ -7,14 +7,14 @@ import tensorflow as tf
 
 from keras_bptt import events
 from keras_bptt.layer_flow import check_tolerance, is_number
-from keras_bptt.measuring import Measuring, check_positive, quantities
+from keras_bptt.measuring_callback import MeasuringCallback, check_positive, quantities
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
 # The decades of |dL/dh_t| between the ends of the colours.
 DECADES = (-8, 2)
 
 
-class GradientFlowLogger(Measuring):
+class GradientFlowLogger(MeasuringCallback):
     """Logs how the gradient flows back through the BPTTRNN layers, epoch by epoch.
 
     Use it to see when training begins to lose the gradient, or to blow up. At the end of
@@ -134,7 +134,7 @@ class GradientFlowLogger(Measuring):
             )
 
 
-class AdaptiveTruncation(Measuring):
+class AdaptiveTruncation(MeasuringCallback):
     """Moves the window of the truncation to where its bias is within a tolerance.
 
     Use it where full backpropagation is too slow or too noisy, and how far back the

@@ -105,15 +105,11 @@ def linearised(options, constants, *arguments):
         outputs = probed_recurrence(options, constants, zeros, *arguments)
 
     def back(*cotangents):
-        return in_order(options, tape.gradient(outputs, zeros, cotangents))
+        gradient = tape.gradient(outputs, zeros, cotangents)
+        gradient = tf.reverse(gradient, [1]) if options.go_backwards else gradient
+        return tf.split(gradient, 2, axis=2)
 
     return outputs, back
-
-
-def in_order(options, gradient):
-    """delta and a of a gradient by the zeros, in the order of processing."""
-    gradient = tf.reverse(gradient, [1]) if options.go_backwards else gradient
-    return tf.split(gradient, 2, axis=2)
 
 
 @functools.lru_cache(maxsize=256)

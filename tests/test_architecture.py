@@ -28,7 +28,7 @@ RANKS = [
         "model_flow",
         "gradient_flow",
     ],
-    ["events", "measuring", "callbacks"],
+    ["events", "measuring_callback", "callbacks"],
     ["__init__"],
 ]
 ORDER = [name for rank in RANKS for name in rank]

@@ -22,7 +22,7 @@ from keras_bptt import (
     Truncation,
     events,
     gradient_flow,
-    measuring,
+    measuring_callback,
 )
 
 B, T, D, H = 4, 12, 2, 3
@@ -296,7 +296,9 @@ def moved(measured, monkeypatch):
 
     def of(q, rnn, window):
         flow = measured(rnn, q)
-        monkeypatch.setattr(measuring, "gradient_flow", lambda *args, **kwargs: flow)
+        monkeypatch.setattr(
+            measuring_callback, "gradient_flow", lambda *args, **kwargs: flow
+        )
         return epoch_of(window, keras.Sequential())
 
     return of

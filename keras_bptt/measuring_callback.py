@@ -11,7 +11,7 @@ from keras_bptt.layer_flow import over_examples
 from keras_bptt.truncation import positive_integer
 
 
-class Measuring(keras.callbacks.Callback):
+class MeasuringCallback(keras.callbacks.Callback):
     """Measures the gradient flow every so many epochs, and logs what is made of it."""
 
     def __init__(self, validation_batch, every, layer, examples, loss_steps):
