@@ -1,6 +1,7 @@
 """Recurrent networks trained with explicit backpropagation through time, in Keras."""
 
 from keras_bptt.callbacks import AdaptiveTruncation, GradientFlowLogger
+from keras_bptt.conversion import convert
 from keras_bptt.gradient_flow import gradient_flow
 from keras_bptt.layer_flow import LayerFlow
 from keras_bptt.layers import BPTTRNN
@@ -17,5 +18,6 @@ __all__ = [
     "LayerFlow",
     "RandomizedTruncation",
     "Truncation",
+    "convert",
     "gradient_flow",
 ]

@@ -20,6 +20,7 @@ RANKS = [
     ["passes", "masks", "blocks", "shards", "windows", "sliding"],
     ["residuals", "fused", "recurrence", "truncated", "probe"],
     ["arguments", "output_layer", "layers"],
+    ["conversion"],
     [
         "measurement",
         "verdict",

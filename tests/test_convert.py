@@ -1,0 +1,262 @@
+"""A trained model of SimpleRNN as one of BPTTRNN, and back: wherever the layer is."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import FLOAT32, B, D, H, T, relative_error, rng, without_graphs
+from keras import layers
+
+from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, convert
+
+# Two sums of the same numbers in float32, in another order.
+SAME = 1e-6
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class Residual(layers.Layer):
+    """A layer of a user's own, with a recurrent one in its configuration."""
+
+    def __init__(self, rnn, **kwargs):
+        super().__init__(**kwargs)
+        self.rnn = rnn
+
+    def build(self, shape):
+        self.rnn.build(shape)
+
+    def call(self, x):
+        return x + self.rnn(x)
+
+    def get_config(self):
+        rnn = keras.saving.serialize_keras_object(self.rnn)
+        return super().get_config() | {"rnn": rnn}
+
+    @classmethod
+    def from_config(cls, config):
+        rnn = keras.saving.deserialize_keras_object(config.pop("rnn"))
+        return cls(rnn, **config)
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+def squared_error(y, prediction):
+    return tf.reduce_mean(tf.square(y - prediction), axis=-1)
+
+
+def plain():
+    return [layers.SimpleRNN(H, activation="relu"), layers.Dense(2)]
+
+
+def many():
+    """Masks, states that go from layer to layer, a layer that is called twice."""
+    x = keras.Input((None, D))
+    twice = layers.SimpleRNN(H, return_sequences=True, zero_output_for_mask=True)
+    h = twice(layers.Masking(0.0)(x))
+    h = twice(layers.Dense(D)(h))
+    h, state = layers.SimpleRNN(7, return_sequences=True, return_state=True)(h)
+    last = layers.SimpleRNN(7, go_backwards=True, dropout=0.1)(h, initial_state=state)
+    return keras.Model(x, layers.Concatenate()([last, layers.Dense(2)(state)]))
+
+
+def inner():
+    body = [keras.Input((None, D)), layers.SimpleRNN(H, return_sequences=True)]
+    return [keras.Sequential(body), layers.BatchNormalization(), *plain()]
+
+
+MODELS = {
+    "plain": plain,
+    "masks, states, shared": many,
+    "Bidirectional": lambda: [
+        layers.Bidirectional(layers.SimpleRNN(H, recurrent_dropout=0.2), "mul"),
+        layers.Dense(3),
+    ],
+    "two directions": lambda: [
+        layers.Bidirectional(
+            layers.SimpleRNN(H), backward_layer=layers.SimpleRNN(5, go_backwards=True)
+        )
+    ],
+    "TimeDistributed": lambda: [
+        layers.Reshape((-1, 1, D)),
+        layers.TimeDistributed(layers.SimpleRNN(H)),
+    ],
+    "a model inside": inner,
+    "a layer inside": lambda: [Residual(layers.SimpleRNN(D, return_sequences=True))],
+    "float64": lambda: [layers.SimpleRNN(H, dtype="float64", use_bias=False)],
+}
+
+
+def model_of(name):
+    keras.utils.set_random_seed(3)
+    parts = MODELS[name]()
+    if isinstance(parts, keras.Model):
+        return parts
+    return keras.Sequential([keras.Input((None, D)), *parts])
+
+
+def data():
+    x = rng(1).normal(size=(B, T, D)).astype("float32")
+    x[0, 3:] = 0  # what Masking masks
+    return x
+
+
+def recurrent(node):
+    """The class names of all recurrent layers in a serialized model."""
+    if isinstance(node, dict):
+        found = [name for value in node.values() for name in recurrent(value)]
+        name = node.get("class_name")
+        return found + [name] * (name in ("SimpleRNN", "BPTTRNN"))
+    if isinstance(node, list | tuple):
+        return [name for value in node for name in recurrent(value)]
+    return []
+
+
+def classes(model):
+    return set(recurrent(keras.saving.serialize_keras_object(model)))
+
+
+@without_graphs()
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name):
+    model, x = model_of(name), data()
+    expected = model(x)
+    assert np.std(expected) > 0.1
+    there = convert(model, truncation=2)
+    back = convert(there, to=layers.SimpleRNN)
+    assert [classes(m) for m in (model, there, back)] == [
+        {"SimpleRNN"},
+        {"BPTTRNN"},
+        {"SimpleRNN"},
+    ]
+    assert [layer.name for layer in there.layers] == [m.name for m in model.layers]
+    assert relative_error(there(x), expected) < SAME
+    assert relative_error(back(x), expected) < SAME
+    # A copy: what becomes of it does not touch the model.
+    there.set_weights([w + 1 for w in there.get_weights()])
+    assert relative_error(there(x), expected) > 0.1
+    np.testing.assert_array_equal(model(x), expected)
+
+
+def test_back_to_the_same_configuration():
+    model = model_of("masks, states, shared")
+    there = convert(model, truncation=3, checkpoint_every="sqrt", jit_compile=False)
+    back = convert(there, to=layers.SimpleRNN)
+    assert back.get_config() == model.get_config()
+
+
+def test_options_are_those_of_every_layer():
+    model = model_of("Bidirectional")
+    options = {
+        "truncation": Truncation(4, 2),
+        "checkpoint_every": 3,
+        "adjoint_clipnorm": 0.5,
+        "jit_compile": False,
+    }
+    both = convert(model, **options).layers[0]
+    for layer in (both.forward_layer, both.backward_layer):
+        assert {name: getattr(layer, name) for name in options} == options
+    randomized = convert(model, truncation=RandomizedTruncation(4, seed=2)).layers[0]
+    assert randomized.forward_layer.truncation == RandomizedTruncation(4, seed=2)
+
+
+def test_layers_that_are_there_already_stay():
+    model = keras.Sequential(
+        [
+            keras.Input((None, D)),
+            BPTTRNN(H, return_sequences=True, truncation=7),
+            layers.SimpleRNN(5),
+        ]
+    )
+    there = convert(model, truncation=2)
+    assert [layer.truncation.steps for layer in there.layers] == [7, 2]
+
+
+def test_number_of_steps_an_iteration():
+    """SimpleRNN would take it for all of them, of which there is no known number."""
+    layer = BPTTRNN(H, unroll=3)
+    model = keras.Sequential([keras.Input((None, D)), layer])
+    back = convert(model, to=layers.SimpleRNN)
+    assert back.layers[0].unroll is False
+    known = keras.Sequential([keras.Input((T, D)), BPTTRNN(H, unroll=True)])
+    assert convert(known, to=layers.SimpleRNN).layers[0].unroll is True
+
+
+@pytest.mark.parametrize("loss", ["mse", squared_error], ids=["Keras", "own"])
+def test_training_goes_on(loss):
+    """Weights, what `compile` was told and the optimizer's moments: the same next steps."""
+    model, x = model_of("plain"), data()
+    y = rng(2).normal(size=(B, 2)).astype("float32")
+    optimizer = keras.optimizers.Adam(0.01)
+    model.compile(optimizer, loss, metrics=["mae"], run_eagerly=True)
+    model.fit(x, y, epochs=2, verbose=0)
+    there = convert(model)
+    assert there.optimizer.iterations.numpy() == 2
+    histories = [m.fit(x, y, epochs=3, verbose=0).history for m in (model, there)]
+    assert histories[0].keys() == histories[1].keys() == {"loss", "mae"}
+    assert histories[0]["loss"][-1] < histories[0]["loss"][0]
+    for name, values in histories[0].items():
+        assert relative_error(histories[1][name], values) < FLOAT32
+    # Moments of zero would take steps of another size.
+    for ours, theirs in zip(there.get_weights(), model.get_weights(), strict=True):
+        assert relative_error(ours, theirs) < FLOAT32
+
+
+def test_neither_built_nor_compiled():
+    model = keras.Sequential([layers.SimpleRNN(H)])
+    there = convert(model)
+    assert not there.built and not there.compiled
+    assert there(data()).shape == (B, H)
+
+
+def test_one_layer():
+    layer = layers.SimpleRNN(H)
+    layer.build((None, None, D))
+    there = convert(layer)
+    assert type(there) is BPTTRNN
+    assert relative_error(there(data()), layer(data())) < SAME
+
+
+def test_lambdas():
+    """Safe mode is for files: what is in memory has run already."""
+    body = [layers.SimpleRNN(H), layers.Lambda(lambda y: 2 * y, output_shape=(H,))]
+    model = keras.Sequential([keras.Input((None, D)), *body])
+    assert relative_error(convert(model)(data()), model(data())) < SAME
+
+
+def test_weights_file_of_the_other_class(tmp_path):
+    """Which BPTTRNN cannot load: through a model of SimpleRNN and `convert`."""
+    model, empty = model_of("plain"), model_of("plain")
+    empty.set_weights([0 * w for w in empty.get_weights()])
+    model.save_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="variables"):
+        convert(empty).load_weights(tmp_path / "model.weights.h5")
+    empty.load_weights(tmp_path / "model.weights.h5")
+    assert relative_error(convert(empty)(data()), model(data())) < SAME
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: convert("model.keras"), ["keras.Model", "'model.keras'", "str"]),
+        (
+            lambda m: convert(m, to=layers.LSTM),
+            ["BPTTRNN or keras.layers.Simple", "LSTM"],
+        ),
+        (lambda m: convert(m, to="SimpleRNN"), ["the class", "'SimpleRNN'"]),
+        (lambda m: convert(m, units=3), ["truncation, checkpoint_every", "units=3"]),
+        (lambda m: convert(m, truncation=0), ["positive integer", "truncation=0"]),
+        (
+            lambda m: convert(convert(m), to=layers.SimpleRNN, truncation=3),
+            ["none at all", "truncation=3"],
+        ),
+        (lambda m: convert(convert(m)), ["hold a SimpleRNN", "holds none"]),
+        (lambda m: convert(m, to=layers.SimpleRNN), ["hold a BPTTRNN", "holds none"]),
+        (
+            lambda m: convert(BPTTRNN(3, output_units=2, name="r"), layers.SimpleRNN),
+            ["output layer", "'r'", "output_units=2"],
+        ),
+    ],
+)
+def test_errors(call, words):
+    with pytest.raises(ValueError) as raised:
+        call(model_of("plain"))
+    for word in words:
+        assert word in str(raised.value)
