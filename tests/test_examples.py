@@ -42,6 +42,12 @@ KEY_LINES = {
         "sliding windows, k <= lag / 2: at least",
         "memory_span.json",
     ],
+    "saved_model.py": [
+        "checkpointed: exported to",
+        "In a process without keras_bptt and Keras, largest relative differences",
+        "truncated and full gradient differ by",
+        "3 updates took the loss from",
+    ],
     "streaming.py": [
         "The best with memory of 8 steps",
         "fit, 24 steps",
