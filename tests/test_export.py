@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
@@ -411,3 +412,115 @@ def test_prediction_does_not_change_in_a_model():
         model.set_weights(random_weights())
         outputs.append(model.predict(x, batch_size=10, verbose=0))
     assert relative_error(outputs[1], outputs[0]) < FLOAT32
+
+
+# --- What TensorFlow keeps and what it does not
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory):
+    """A model with windows, exported, and where."""
+    inputs = keras.Input((None, D), name="x")
+    model = keras.Model(inputs, BPTTRNN(H, truncation=Truncation(3, 2))(inputs))
+    path = tmp_path_factory.mktemp("windows") / "model"
+    model.export(path, verbose=False)
+    return model, path
+
+
+def test_second_derivatives_of_a_loaded_model_raise(windows):
+    """TensorFlow saves none; a wrong number would be the other way to say so."""
+    loaded = tf.saved_model.load(windows[1])
+    x = tf.constant(example(0, False))
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = tf.reduce_sum(loaded.serve(x) ** 2)
+        penalty = tf.reduce_sum(inner.gradient(y, x) ** 2)
+    with pytest.raises(LookupError, match="No gradient defined"):
+        outer.gradient(penalty, loaded.trainable_variables)
+
+
+def test_a_gradient_that_was_not_saved_raises(windows, tmp_path):
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+    signature = [tf.TensorSpec((None, None, D))]
+    call = tf.function(windows[0], input_signature=signature)
+    tf.saved_model.save(windows[0], tmp_path, signatures=call, options=options)
+    loaded = tf.saved_model.load(tmp_path)
+    x = tf.constant(example(0, False))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        (y,) = loaded.signatures["serving_default"](x).values()
+    np.testing.assert_allclose(y, windows[0](x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(LookupError, match="No gradient defined"):
+        tape.gradient(y, x)
+
+
+def test_loaded_model_in_keras(windows):
+    """As a layer, which `fit` trains with the gradient that was exported."""
+    model, path = windows
+    x = example(0, False)
+    y = rng(5).normal(size=(B, H)).astype("float32")
+    served = keras.layers.TFSMLayer(path, call_endpoint="serve")
+    models = keras.models.clone_model(model), keras.Sequential([served])
+    models[0].set_weights(model.get_weights())
+    for each in models:
+        each.compile(keras.optimizers.SGD(0.5), "mse")
+        each.fit(x, y, epochs=3, verbose=0)
+    trained = models[0].get_weights()
+    for got, expected, before in zip(
+        served.trainable_weights, trained, model.get_weights(), strict=True
+    ):
+        assert relative_error(expected, before) > 0.01
+        assert relative_error(got, expected) < FLOAT32
+
+
+def test_state_leaves_with_the_model(tmp_path):
+    """It goes on from where it was, and is reset by an endpoint of its own."""
+    layer = BPTTRNN(H, stateful=True, return_sequences=True)
+    model = keras.Sequential([keras.Input((None, D), batch_size=B), layer])
+    x = example(0, False)
+    model(x[:, ::-1])
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", model.call, [tf.TensorSpec((B, None, D))])
+
+    def reset():
+        layer.reset_state()
+        return tf.constant(True)
+
+    archive.add_endpoint("reset", reset, [])
+    archive.write_out(tmp_path, verbose=False)
+    loaded = tf.saved_model.load(tmp_path)
+    goes_on, anew = model(x), keras.models.clone_model(model)
+    anew.set_weights(model.get_weights())
+    assert relative_error(loaded.serve(x), goes_on) < FLOAT32
+    loaded.reset()
+    chunks = [loaded.serve(chunk) for chunk in np.split(x, [1, 3], axis=1)]
+    assert relative_error(np.concatenate(chunks, axis=1), anew(x)) < FLOAT32
+    assert relative_error(goes_on, anew(x)) > 0.01
+
+
+def test_saved_model_cli(windows, tmp_path):
+    """The command line of TensorFlow shows the signature, and runs it."""
+    model, path = windows
+    command = pathlib.Path(sys.executable).with_name("saved_model_cli")
+    x = example(1, False)
+    np.save(tmp_path / "x.npy", x)
+    signature = ["--tag_set", "serve", "--signature_def", "serving_default"]
+    results = [
+        subprocess.run(
+            [command, *arguments, "--dir", path, *signature],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        for arguments in (
+            ["show"],
+            ["run", "--inputs", f"x={tmp_path / 'x.npy'}", "--outdir", tmp_path],
+        )
+    ]
+    for finished in results:
+        assert finished.returncode == 0, finished.stderr
+    assert f"shape: (-1, -1, {D})" in results[0].stdout
+    assert relative_error(np.load(tmp_path / "output_0.npy"), model(x)) < FLOAT32
