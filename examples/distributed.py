@@ -87,6 +87,7 @@ def global_batch(step, args):
     """x (batch, timesteps, 4) and y (batch, 1) of one update, whoever computes it."""
     random = np.random.default_rng((args.seed, step))
     x = random.normal(size=(args.batch_size, args.timesteps, 4)).astype("float32")
+    x[:, 1:] *= 0.3  # noise
     return x, x[:, 0, :1]
 
 
@@ -261,9 +262,9 @@ def parse_arguments():
     add("--workers", type=int, default=2, help="processes, where TF_CONFIG is not set")
     add("--tpu", default="local", help="name of the TPU; local: that of this VM")
     add("--batch-size", type=int, default=64, help="of all replicas together")
-    add("--timesteps", type=int, default=30, help="length of the sequences")
+    add("--timesteps", type=int, default=20, help="length of the sequences")
     add("--units", type=int, default=32, help="size of the hidden state")
-    add("--updates", type=int, default=500, help="in all, with those before --resume")
+    add("--updates", type=int, default=300, help="in all, with those before --resume")
     add(
         "--save-every",
         type=int,
