@@ -161,23 +161,21 @@ def train(name, args):
     strategy = strategy_of(name, args)
     with strategy.scope():
         model, optimizer = build(args)
-    checkpoint, folder = (
-        checkpoint_of(model, optimizer),
-        args.output_dir / folder_of(name),
-    )
+    # `model.variables` has the positions of the seeds of dropout and truncation, too.
+    checkpoint = tf.train.Checkpoint(variables=model.variables + optimizer.variables)
+    folder = args.output_dir / f"distributed_{name}"
     if args.resume and (latest := tf.train.latest_checkpoint(str(folder))):
         checkpoint.restore(latest).assert_consumed()
     # Every process takes part in saving, and one of them writes what is kept.
-    chief, losses = is_chief(strategy), {}
+    chief = is_chief(strategy)
     written = folder if chief else pathlib.Path(tempfile.mkdtemp())
     manager = tf.train.CheckpointManager(checkpoint, str(written), max_to_keep=2)
-    first, update = (
-        int(optimizer.iterations.numpy()),
-        make_update(strategy, model, optimizer, args),
-    )
+    update = make_update(strategy, model, optimizer, args)
+    first = int(optimizer.iterations.numpy())
     batches = strategy.distribute_datasets_from_function(
         lambda context: shares(context, first, args)
     )
+    losses = {}
     for step, (x, y) in enumerate(batches, first + 1):
         losses[step] = float(update(x, y))
         if step % args.save_every == 0 or step == args.updates:
@@ -185,20 +183,14 @@ def train(name, args):
             if chief:
                 print(f"{name}, update {step}: loss {losses[step]:.4f}", flush=True)
     if chief:
-        path = args.output_dir / f"{folder_of(name)}.json"
-        path.write_text(json.dumps(losses) + "\n")
+        results_of(name, args).write_text(json.dumps(losses) + "\n")
     else:
         shutil.rmtree(written)
     return losses
 
 
-def folder_of(name):
-    return f"distributed_{name}"
-
-
-def checkpoint_of(model, optimizer):
-    # `model.variables` has the positions of the seeds of dropout and truncation, too.
-    return tf.train.Checkpoint(variables=model.variables + optimizer.variables)
+def results_of(name, args):
+    return args.output_dir / f"distributed_{name}.json"
 
 
 @contextlib.contextmanager
@@ -240,8 +232,7 @@ def compare(args):
     """The same training by three strategies: the losses are the same."""
     with workers(sys.argv[1:], args.workers):
         losses = {name: train(name, args) for name in ("one", "mirrored")}
-    told = (args.output_dir / f"{folder_of('multiworker')}.json").read_text()
-    losses["multiworker"] = json.loads(told)
+    losses["multiworker"] = json.loads(results_of("multiworker", args).read_text())
     print("\nupdate" + "".join(f"{name:>14}" for name in losses))
     rows = np.array([list(each.values()) for each in losses.values()]).T
     for step, row in enumerate(rows, 1):

@@ -129,16 +129,20 @@ def raising(folder):
             with strategy.scope():
                 model = build(layer_class, options, **others)
             key = f"{name}, {layer_class.__name__}"
-            raised[key] = outcome(model, *data(True))
+            raised[key] = outcome(fit, model, *data(True))
     (folder / "raised.json").write_text(json.dumps(raised))
 
 
-def outcome(model, x, y):
+def outcome(function, *args):
     try:
-        model.fit(x, y, batch_size=B, shuffle=False, verbose=0)
+        function(*args)
     except Exception as error:
         return str(error)
-    return "fitted"
+    return "worked"
+
+
+def fit(model, x, y):
+    model.fit(x, y, batch_size=B, shuffle=False, verbose=0)
 
 
 def draws(strategy):
@@ -211,7 +215,7 @@ def callbacks(folder):
 
 
 def worker(folder):
-    """One of the processes that TF_CONFIG names: a loop; and then, what `fit` does."""
+    """One of the processes that TF_CONFIG names: a loop; and then, what Keras does."""
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     index = strategy.cluster_resolver.task_id
     results = {"losses": loop(strategy, index)}
@@ -223,7 +227,12 @@ def worker(folder):
                 model.compile("sgd", "mse")
             else:
                 model = build({"SimpleRNN": SIMPLE, "BPTTRNN": BPTTRNN}[name], {})
-        results[name] = outcome(model, *data(False))
+        x, y = data(False)
+        results[name] = {
+            "fit": outcome(fit, model, x, y),
+            "evaluate": outcome(model.evaluate, x, y, B, 0),
+            "predict": outcome(model.predict, x, B, 0),
+        }
     (folder / f"worker{index}.json").write_text(json.dumps(results))
 
 
