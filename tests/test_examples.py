@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from helpers import FLOAT32
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -24,6 +25,13 @@ KEY_LINES = {
         "A sample at temperature 0.7",
         "character_language_model.keras: largest difference",
         "character_language_model, without keras_bptt: largest difference",
+    ],
+    "distributed.py": [
+        "one, update 10: loss",
+        "mirrored, update 10: loss",
+        "multiworker, update 10: loss",
+        "update           one      mirrored   multiworker",
+        "Largest relative difference to one device: ",
     ],
     "long_sequences.py": [
         "1. In memory, 2,000 steps",
@@ -84,6 +92,8 @@ def test_example_runs(name, tmp_path):
     assert finished.returncode == 0, finished.stderr
     for line in KEY_LINES[name]:
         assert line in finished.stdout
+    if name == "distributed.py":
+        check_results_of_strategies(tmp_path)
     if name == "vanishing_and_exploding.py":
         check_results_of_digits(tmp_path / "vanishing_and_exploding.json")
     if name != "character_language_model.py":
@@ -95,6 +105,18 @@ def test_example_runs(name, tmp_path):
         if len(columns) == 3 and columns[0] in ("SimpleRNN", "BPTTRNN")
     }
     assert scores["BPTTRNN"] == pytest.approx(scores["SimpleRNN"], abs=0.01)
+
+
+def check_results_of_strategies(folder):
+    """The same losses, each of its own batch, and checkpoints of each strategy."""
+    names = ["one", "mirrored", "multiworker"]
+    files = [folder / f"distributed_{name}.json" for name in names]
+    one, *others = (list(json.loads(file.read_text()).values()) for file in files)
+    assert len(set(one)) == 10
+    for losses in others:
+        np.testing.assert_allclose(losses, one, rtol=FLOAT32)
+    for name in names:
+        assert (folder / f"distributed_{name}" / "ckpt-10.index").exists()
 
 
 def check_results_of_digits(path):
@@ -126,6 +148,11 @@ def load(name):
 @pytest.fixture(scope="module")
 def demo():
     return load("character_language_model.py")
+
+
+@pytest.fixture(scope="module")
+def distributed():
+    return load("distributed.py")
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +331,58 @@ def test_first_number_is_learned_by_two_sweeps_alone(long_sequences, pieces):
     assert np.mean(short[-15:]) > untrained - 0.2
 
 
+@pytest.mark.parametrize("pipelines", [1, 2])
+def test_replicas_share_a_global_batch(distributed, monkeypatch, tmp_path, pipelines):
+    arguments = "--batch-size", "12", "--updates", "3", "--output-dir", str(tmp_path)
+    args = arguments_of(distributed, monkeypatch, *arguments)
+    shares = [
+        list(
+            distributed.shares(
+                distributed.tf.distribute.InputContext(pipelines, index, 4), 1, args
+            )
+        )
+        for index in range(pipelines)
+    ]
+    assert sum(map(len, shares)) == 2 * 4
+    for step in (1, 2):
+        batch = distributed.global_batch(step, args)
+        each = 4 // pipelines
+        of_step = [
+            s for each_own in shares for s in each_own[(step - 1) * each :][:each]
+        ]
+        for share, whole in zip(zip(*of_step, strict=True), batch, strict=True):
+            np.testing.assert_array_equal(np.concatenate(share), whole)
+    assert not np.isclose(*(distributed.global_batch(i, args)[0] for i in (1, 2))).any()
+
+
+def test_resumed_training_goes_on(distributed, monkeypatch, tmp_path):
+    def losses(folder, *more):
+        arguments = "--batch-size 4 --units 3 --save-every 2 --updates".split()
+        arguments += [*more, "--output-dir", str(tmp_path / folder)]
+        args = arguments_of(distributed, monkeypatch, *arguments)
+        return distributed.train("one", args)
+
+    whole = losses("whole", "5")
+    assert list(losses("parts", "3")) == [1, 2, 3]
+    resumed = losses("parts", "5", "--resume")
+    assert resumed == {step: whole[step] for step in (4, 5)}
+
+
+def test_no_tpu_is_named(distributed):
+    with pytest.raises(SystemExit, match="--strategy tpu needs a Cloud TPU.*--tpu ''"):
+        distributed.tpu_strategy("")
+
+
+def test_failed_worker_is_not_waited_for(distributed):
+    class Worker:
+        def __init__(self, code):
+            self.poll = lambda: code
+
+    distributed.wait_for([Worker(0), Worker(0)])
+    with pytest.raises(SystemExit, match=r"A worker failed.*\[None, 3\]"):
+        distributed.wait_for([Worker(None), Worker(3)])
+
+
 def test_stream_goes_on_from_chunk_to_chunk(streaming):
     chunks = itertools.islice(streaming.stream(0, 3, 5), 400)
     x, y = (np.concatenate(t, axis=1)[..., 0] for t in zip(*chunks, strict=True))
@@ -358,6 +437,8 @@ def test_networks_differ_in_the_gain_alone(
         ("memory_span.py", ["--lag", "3"], "--lag must be at least 4"),
         ("memory_span.py", ["--timesteps", "30"], "--timesteps longer. Received"),
         ("memory_span.py", ["--seeds", "0"], "--seeds must be a positive number"),
+        ("distributed.py", ["--workers", "0"], "--workers must be a positive number"),
+        ("distributed.py", ["--strategy", "all"], "invalid choice: 'all'"),
         ("long_sequences.py", ["--pieces", "1"], "--pieces must be at least 2"),
         ("long_sequences.py", ["--steps", "0"], "--steps must be a positive number"),
         ("long_sequences.py", ["--updates", "15"], "--updates must be in tens"),
