@@ -6,8 +6,8 @@
 
 In an environment of its own, without TensorFlow (`requirements.txt`); `make accelerators`
 makes it. Each program that `export.py` wrote with its data is run, on the CPU if
-JAX_PLATFORMS says nothing else, and must give what TensorFlow gave. Each is compiled by the
-compiler of Cloud TPUs, which needs none of them, and which tells the memory that the program
+JAX_PLATFORMS says nothing else, and must give what TensorFlow gave. Each is compiled by
+the compiler of Cloud TPUs, which needs none of them, and tells what memory the program
 takes. Nothing is executed on a TPU. `--write` puts the numbers into docs/deploying.md.
 
 The checks are seen to fail, too: a program with another activation must differ, one with a

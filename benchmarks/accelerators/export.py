@@ -5,7 +5,7 @@
 
 Of each configuration in `configurations.py` a file `<name>.mlir`, and for those that are
 to be run `<name>.npz`: arguments and what TensorFlow computes of them on this machine. And
-`programs.json`, which lists them. `compile.py` reads all three where there is no TensorFlow.
+`programs.json`, which lists them. `compile.py` reads all of it, without TensorFlow.
 """
 
 import argparse
@@ -64,11 +64,12 @@ def stablehlo(step, specs):
     nobody passes.
     """
     for i, spec in enumerate(specs):
-        if not isinstance(spec, tf.TensorSpec) or not spec.shape.is_fully_defined():
+        is_spec = isinstance(spec, tf.TensorSpec)
+        if not is_spec or not spec.shape.is_fully_defined():
             raise ValueError(
                 "Each argument must be a tf.TensorSpec with every size known: a program is "
-                f"for one shape. Received: {spec} for argument {i}. Export a program for "
-                "each number of timesteps."
+                f"for one shape. Received: {spec if is_spec else type(spec).__name__} for "
+                f"argument {i}. Export a program for each number of timesteps."
             )
     function = tf.function(step, jit_compile=True, autograph=False)
     captured = function.get_concrete_function(*specs).captured_inputs
@@ -136,7 +137,7 @@ def specs_of(configuration, layer):
 
 
 def export(configuration, folder):
-    """Write one program and, if it is to be run, its data; returns its entry in the list."""
+    """Write a program and, if it is to be run, its data; returns its entry in the list."""
     layer = configuration.layer()
     step, given, results = training_step(layer, configuration.masked)
     specs = specs_of(configuration, layer)

@@ -5,13 +5,12 @@ is exported, and its module replaced by the program.
 """
 
 import dataclasses
-import math
 import re
 
 import jax
-import numpy as np
 from jax import export
 from jaxlib.mlir.dialects import stablehlo
+from translation import translated
 
 # Random generators have states of 64-bit integers.
 jax.config.update("jax_enable_x64", True)
@@ -24,10 +23,7 @@ FORM = stablehlo.get_version_from_compatibility_requirement(
 
 def load(text):
     """The program as a function, and the shapes and types of its arguments."""
-    # What TensorFlow writes that is not StableHLO: notes on the module, and an identity.
-    text = re.sub(r"^(module @\S+) attributes \{.*\} \{$", r"\1 {", text, flags=re.M)
-    text = re.sub(r"\bmhlo\.copy\b", "stablehlo.optimization_barrier", text)
-    text = re.sub(r'"0x([0-9A-F]+)"(?=> : tensor<([\dx]+)xi1>)', _bytes_of_bits, text)
+    text = translated(text)
     entry = next(line for line in text.splitlines() if "@main(" in line)
     arguments, results = (_types(part) for part in entry.split("->"))
 
@@ -42,19 +38,6 @@ def load(text):
     )(*arguments)
     module = stablehlo.serialize_portable_artifact_str(text, FORM)
     return dataclasses.replace(exported, mlir_module_serialized=module).call, arguments
-
-
-def _bytes_of_bits(constant):
-    """An array of truth values, a byte each: so JAX's MLIR reads what TensorFlow's packs."""
-    size = math.prod(map(int, constant[2].split("x")))
-    packed = np.frombuffer(bytes.fromhex(constant[1]), np.uint8)
-    if len(packed) != -(-size // 8):
-        raise ValueError(
-            f"A constant of {size} truth values must be packed in bits. Received: "
-            f"{len(packed)} bytes. Read how this version of TensorFlow writes them."
-        )
-    unpacked = np.unpackbits(packed, count=size, bitorder="little")
-    return f'"0x{unpacked.tobytes().hex().upper()}"'
 
 
 def _types(text):

@@ -38,7 +38,7 @@ def programs(entries):
 
 
 def memory(entries):
-    """A row for each that was compiled alone: what it takes beside arguments and outputs."""
+    """A row for each that was compiled alone: what it takes beside what it is given."""
     devices = list(entries[0]["devices"])
     lines = [
         "| (B, T, D, H) | BPTTRNN(...) | steps one after the other | "
