@@ -16,6 +16,7 @@ where anything is accepted that should not be, or refused.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -31,8 +32,6 @@ os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     TPU_LOG_DIR="disabled",
 )
-
-import importlib.metadata  # noqa: E402
 
 import comparison  # noqa: E402
 import jax  # noqa: E402
