@@ -25,6 +25,7 @@ import scaling
 import training_step
 import truncation
 from contestants import Case
+from pages import filled
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -122,17 +123,6 @@ def machine():
             packages.append(f"no {name}")
     python = platform.python_version()
     return f"{os.cpu_count()} cores of {model}; Python {python}, {', '.join(packages)}"
-
-
-def filled(page, name, text):
-    """`page` with `text` between the comments that name it."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
-    page, count = re.subn(
-        pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.S
-    )
-    if count != 1:
-        raise SystemExit(f"{PAGE.name} has not one place for {name}")
-    return page
 
 
 def main():
