@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# JAX and the compiler of TPUs, without TensorFlow.
+ACCELERATORS := .venv-accelerators
 
 # TensorFlow's start-up messages; pip's advice to upgrade; a backend that the user's
 # ~/.keras/keras.json may name.
@@ -12,11 +14,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo flow test test-slow bench doctest examples-smoke lint format dist clean
+.PHONY: help demo flow test test-slow bench accelerators accelerators-quick doctest \
+	examples-smoke lint format dist clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
-		| awk -F '|' '{ printf "%-22s%s\n", $$1, $$2 }'
+		| awk -F '|' '{ printf "%-26s%s\n", $$1, $$2 }'
 	@echo "Another Python than python3: make PYTHON=python3.12 demo"
 
 demo: $(VENV)/.installed  ## Train, compare, sample and save a language model (minutes)
@@ -51,6 +54,15 @@ examples-smoke: $(VENV)/.installed-examples  ## Run every example in its short f
 bench: $(VENV)/.installed-benchmarks  ## Measure speed and memory, write docs/performance
 	$(BIN)/python benchmarks/report.py
 
+accelerators: $(VENV)/.installed $(ACCELERATORS)/.installed  ## Compile for TPUs without one, write docs/deploying
+	$(BIN)/python benchmarks/accelerators/export.py build/accelerators
+	$(ACCELERATORS)/bin/python benchmarks/accelerators/compile.py build/accelerators --write
+
+accelerators-quick: $(VENV)/.installed $(ACCELERATORS)/.installed  ## Three of these programs, for one kind of TPU
+	$(BIN)/python benchmarks/accelerators/export.py build/accelerators-quick --quick
+	$(ACCELERATORS)/bin/python benchmarks/accelerators/compile.py build/accelerators-quick \
+		--devices v5e
+
 lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,7 +77,7 @@ dist: $(VENV)/.installed-dev  ## Build the source distribution and the wheel
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## Remove the environment, caches, builds and saved models
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ACCELERATORS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find saved_models -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
@@ -88,6 +100,12 @@ $(BIN)/python -m pip install --quiet --editable '$(1)' || { \
 	exit 1; \
 }
 endef
+
+$(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt | $(BIN)/python
+	@echo "Installing JAX and the compiler of TPUs in $(ACCELERATORS), 1.3 GB"
+	@$(BIN)/python -m venv $(ACCELERATORS)
+	@$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
 
 # Removed if it cannot be finished, lest the next run take it for whole.
 $(BIN)/python:

@@ -427,6 +427,13 @@ def windows(tmp_path_factory):
     return model, path
 
 
+# In another process a LookupError. In the one that exported, TensorFlow finds the function
+# of the exported graph under the same name, whose tensors it must not use.
+NO_GRADIENT = pytest.raises(
+    (LookupError, TypeError), match="No gradient defined|cannot be accessed"
+)
+
+
 def test_second_derivatives_of_a_loaded_model_raise(windows):
     """TensorFlow saves none; a wrong number would be the other way to say so."""
     loaded = tf.saved_model.load(windows[1])
@@ -437,7 +444,7 @@ def test_second_derivatives_of_a_loaded_model_raise(windows):
             inner.watch(x)
             y = tf.reduce_sum(loaded.serve(x) ** 2)
         penalty = tf.reduce_sum(inner.gradient(y, x) ** 2)
-    with pytest.raises(LookupError, match="No gradient defined"):
+    with NO_GRADIENT:
         outer.gradient(penalty, loaded.trainable_variables)
 
 
@@ -452,7 +459,7 @@ def test_a_gradient_that_was_not_saved_raises(windows, tmp_path):
         tape.watch(x)
         (y,) = loaded.signatures["serving_default"](x).values()
     np.testing.assert_allclose(y, windows[0](x), rtol=1e-5, atol=1e-6)
-    with pytest.raises(LookupError, match="No gradient defined"):
+    with NO_GRADIENT:
         tape.gradient(y, x)
 
 
@@ -471,7 +478,7 @@ def test_loaded_model_in_keras(windows):
     for got, expected, before in zip(
         served.trainable_weights, trained, model.get_weights(), strict=True
     ):
-        assert relative_error(expected, before) > 0.01
+        assert np.max(np.abs(expected - before)) > 1e-3
         assert relative_error(got, expected) < FLOAT32
 
 
@@ -501,6 +508,7 @@ def test_state_leaves_with_the_model(tmp_path):
     assert relative_error(goes_on, anew(x)) > 0.01
 
 
+@pytest.mark.slow
 def test_saved_model_cli(windows, tmp_path):
     """The command line of TensorFlow shows the signature, and runs it."""
     model, path = windows
