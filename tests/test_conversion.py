@@ -1,0 +1,151 @@
+"""Models that leave TensorFlow: LiteRT here; ONNX and OpenVINO where they are installed."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from helpers import FLOAT32, few
+
+ROOT = pathlib.Path(__file__).parent.parent
+UNROLLED = "BPTTRNN, `unroll=True`, 7 steps"
+# What the converters themselves do: a deprecated name in Keras, a protocol of NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+LITERT = {
+    "LiteRT, saved model": ["sequence, Masking", "last output"],
+    "LiteRT, Keras model of batch 1": ["sequence, Masking"],
+    "LiteRT, export": ["state in and out"],
+    "LiteRT, export of batch 1": [],
+}
+CASES = [
+    "last output",
+    "sequence",
+    "sequence, Masking",
+    "Bidirectional",
+    "output layer",
+    "state in and out",
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "case"),
+    few(
+        [(path, case) for path in LITERT for case in CASES],
+        lambda path, case: case in LITERT[path],
+    ),
+)
+def test_litert_gives_what_keras_gives(path, case):
+    """At two batches and lengths, with operations of LiteRT alone."""
+    import conversion
+
+    assert list(conversion.CASES) == CASES
+    difference = conversion.cell(path, "BPTTRNN", case)
+    assert isinstance(difference, float), difference
+    assert difference < FLOAT32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_litert_of_a_layer_written_out(case):
+    """Of one number of steps, and of any batch."""
+    import conversion
+
+    difference = conversion.cell("LiteRT, saved model", UNROLLED, case)
+    assert isinstance(difference, float), difference
+    assert difference < FLOAT32
+
+
+def test_simplernn_converts_for_one_batch_alone():
+    """The day this fails the page on deploying has a line too many."""
+    import conversion
+
+    reason = conversion.cell("LiteRT, saved model", "SimpleRNN", "last output")
+    assert reason == "a list of unknown batch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("path", "package"),
+    [
+        ("ONNX, export", "tf2onnx"),
+        ("ONNX, tf2onnx", "tf2onnx"),
+        ("OpenVINO, export", "openvino"),
+        ("OpenVINO, saved model", "openvino"),
+    ],
+)
+def test_other_formats(path, package, case):
+    pytest.importorskip(package)
+    import conversion
+
+    difference = conversion.cell(path, "BPTTRNN", case)
+    assert isinstance(difference, float), difference
+    assert difference < FLOAT32
+
+
+# --- The table itself
+
+
+def test_a_wrong_number_is_seen():
+    """In any example, in any output, or as another shape."""
+    import conversion
+
+    arguments = "BPTTRNN", "state in and out", None
+    model = conversion.model_of(*arguments)
+
+    def right(arrays):
+        return [y.numpy() for y in model([*arrays.values()])]
+
+    def wrong(change):
+        return lambda arrays: change(arrays, *right(arrays))
+
+    def error(run):
+        return conversion.largest_difference(run, model, *arguments)
+
+    assert error(right) < FLOAT32
+    assert error(wrong(lambda arrays, y, h: [y, h * 1.01])) > 0.005
+    late = wrong(lambda arrays, y, h: [y + (len(y) == 2) * (np.arange(6) == 5), h])
+    assert error(late) > 0.1
+    assert error(wrong(lambda arrays, y, h: [y[:, :1], h])) == float("inf")
+
+
+def test_a_table():
+    import conversion
+
+    cells = dict.fromkeys(conversion.CASES, 2e-7)
+    other = cells | {"sequence": "lists are not known", "last output": 1e-3}
+    lines = conversion.table({"ONNX, export": {"SimpleRNN": other, "BPTTRNN": cells}})
+    rows = lines.splitlines()
+    assert rows[2] == "| ONNX, export | SimpleRNN | – (a) | – (b) |" + 4 * " 2e-07 |"
+    assert rows[3] == "| ONNX, export | BPTTRNN |" + 6 * " 2e-07 |"
+    assert rows[-1] == "(a) wrong: 1e-03; (b) lists are not known."
+
+
+def test_a_process_that_dies_is_a_cell(monkeypatch):
+    """And the cells after it are measured all the same."""
+    import conversion
+
+    calls = []
+
+    def run(arguments, **options):
+        path, left = conversion.json.loads(arguments[-1])
+        calls.append(len(left))
+        done = (
+            ["Saved it", "cell 1e-7"] if len(calls) == 1 else ["cell 2e-7"] * len(left)
+        )
+        return conversion.subprocess.CompletedProcess(arguments, -11, "\n".join(done))
+
+    monkeypatch.setattr(conversion.subprocess, "run", run)
+    results = conversion.measure("LiteRT, export", ["BPTTRNN"])["BPTTRNN"]
+    assert calls == [6, 4]
+    expected = [1e-7, "the process dies, status -11"] + [2e-7] * 4
+    assert list(results.values()) == expected
