@@ -9,6 +9,8 @@ TensorFlow's kernels, and its outputs are compared with those of Keras. The tabl
 largest relative difference, or the reason why there is none. A path has processes of its
 own: where one dies, the table says so.
 
+And how long a sequence takes in LiteRT, in turns with SimpleRNN's.
+
 Numbers go to `docs/deploying/conversion.json`, beside those of other paths and layers that
 are there, and the table of all into `docs/deploying.md`, between the comments that name it;
 with `--directory` to a place of their own.
@@ -30,11 +32,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 from report import DOCS, filled
+from timing import interleaved, summary
 
 from keras_bptt import BPTTRNN
 
 FEATURES, UNITS, OUTPUTS, STEPS = 4, 6, 3, 7
 PADDING = -9.0
+# Of the sequences that are timed, one at a time.
+LENGTHS, SPEED_FEATURES, SPEED_UNITS = [64, 250, 1000, 4000], 8, 64
 TOLERANCE = 2e-5  # of float32, as in tests/helpers.py
 MARK = "cell "  # of what a process has to say; converters print too
 
@@ -42,6 +47,7 @@ MARK = "cell "  # of what a process has to say; converters print too
 LAYERS = {
     "SimpleRNN": (keras.layers.SimpleRNN, None, {}),
     "BPTTRNN": (BPTTRNN, None, {}),
+    "BPTTRNN, `unroll=1`": (BPTTRNN, None, {"unroll": 1}),
     f"BPTTRNN, `unroll=True`, {STEPS} steps": (BPTTRNN, STEPS, {"unroll": True}),
 }
 
@@ -128,18 +134,22 @@ def litert(content):
         interpreter = tf.lite.Interpreter(model_content=content)
 
     def run(arrays):
-        inputs = interpreter.get_input_details()
-        for given in inputs:
-            shape = arrays[len(given["shape"])].shape
-            interpreter.resize_tensor_input(given["index"], shape)
-        interpreter.allocate_tensors()
-        for given in inputs:
-            interpreter.set_tensor(given["index"], arrays[len(given["shape"])])
+        prepare(interpreter, arrays)
         interpreter.invoke()
         outputs = interpreter.get_output_details()
         return [interpreter.get_tensor(o["index"]) for o in outputs]
 
     return run
+
+
+def prepare(interpreter, arrays):
+    inputs = interpreter.get_input_details()
+    for given in inputs:
+        shape = arrays[len(given["shape"])].shape
+        interpreter.resize_tensor_input(given["index"], shape)
+    interpreter.allocate_tensors()
+    for given in inputs:
+        interpreter.set_tensor(given["index"], arrays[len(given["shape"])])
 
 
 def onnx(path):
@@ -237,6 +247,7 @@ REASONS = {
     "element_shape to be static": "a list of unknown batch",
     "Select TensorFlow op(s)": "needs kernels of TensorFlow (Flex)",
     "No conversion rule found": "lists are not known",
+    "Invalid tensor data type 0": "lists that are written more than once an iteration",
     "No module named": "not measured",
 }
 
@@ -293,6 +304,33 @@ def measure(path, layers):
     return results
 
 
+def speed(seconds):
+    """Milliseconds of a whole sequence in LiteRT, by its length and layer."""
+    results = {}
+    for steps in LENGTHS:
+        functions = {}
+        for layer in ("SimpleRNN", "BPTTRNN"):
+            x = keras.Input((None, SPEED_FEATURES), batch_size=1)
+            rnn = functools.partial(LAYERS[layer][0], SPEED_UNITS)
+            model = keras.Model(*sequence(rnn, x))
+            content = tf.lite.TFLiteConverter.from_keras_model(model).convert()
+            interpreter = tf.lite.Interpreter(model_content=content)
+            zeros = np.zeros([1, steps, SPEED_FEATURES], "float32")
+            prepare(interpreter, by_rank([zeros]))
+            functions[layer] = interpreter.invoke
+        results[steps] = summary(interleaved(functions, seconds))
+        print(f"LiteRT, {steps} steps: {results[steps]}", flush=True)
+    return results
+
+
+def table_of_speed(results):
+    head = "| timesteps | SimpleRNN | BPTTRNN |\n|---|---|---|\n"
+    return head + "\n".join(
+        f"| {steps} | {ms['SimpleRNN']['median']:.1f} | {ms['BPTTRNN']['median']:.1f} |"
+        for steps, ms in results.items()
+    )
+
+
 def table(results):
     """Rows of a path and a layer; what does not work has a letter, explained below."""
     letters, lines = {}, []
@@ -324,10 +362,19 @@ def versions():
     return ", ".join(found)
 
 
+def write_page(found):
+    page = DOCS / "deploying.md"
+    text = filled(page.read_text(), "conversion versions", found["versions"])
+    text = filled(text, "conversion", table(found["cells"]))
+    page.write_text(filled(text, "LiteRT speed", table_of_speed(found["speed"])))
+
+
 def main():
+    names = [*PATHS, "speed"]
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--seconds", type=float, default=10, help="of each two times")
     parser.add_argument("--directory", type=pathlib.Path, help="instead of docs/")
     parser.add_argument("--cells", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -339,16 +386,19 @@ def main():
     folder = args.directory or DOCS / "deploying"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "conversion.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else {}
-    for path in args.only:
-        results.setdefault(path, {}).update(measure(path, args.layers))
-        text = json.dumps({"versions": versions(), "results": results}, indent=1)
-        file.write_text(text + "\n")
-    print(f"\n{table(results)}")
+    found = (
+        json.loads(file.read_text()) if file.exists() else {"cells": {}, "speed": {}}
+    )
+    found["versions"] = versions()
+    for name in args.only:
+        if name == "speed":
+            found["speed"] = speed(args.seconds)
+        else:
+            found["cells"].setdefault(name, {}).update(measure(name, args.layers))
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{table(found['cells'])}\n\n{table_of_speed(found['speed'])}")
     if args.directory is None:
-        page = DOCS / "deploying.md"
-        text = filled(page.read_text(), "conversion", table(results))
-        page.write_text(filled(text, "conversion versions", versions()))
+        write_page(found)
 
 
 if __name__ == "__main__":
