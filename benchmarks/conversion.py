@@ -347,6 +347,7 @@ def written(result, letters):
     if isinstance(result, float) and result <= TOLERANCE:
         return f"{result:.0e}"
     reason = f"wrong: {result:.0e}" if isinstance(result, float) else result
+    reason = "outputs of another shape" if result == float("inf") else reason
     letter = letters.setdefault(reason, chr(ord("a") + len(letters)))
     return f"– ({letter})"
 

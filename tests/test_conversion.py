@@ -3,9 +3,23 @@
 import pathlib
 import sys
 
+import keras
 import numpy as np
 import pytest
-from helpers import FLOAT32, few
+import tensorflow as tf
+from helpers import (
+    FLOAT32,
+    B,
+    D,
+    H,
+    few,
+    random_inputs,
+    random_weights,
+    relative_error,
+    rng,
+)
+
+from keras_bptt import BPTTRNN
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLAIN, UNROLLED = "BPTTRNN, `unroll=1`", "BPTTRNN, `unroll=True`, 7 steps"
@@ -101,6 +115,32 @@ def test_onnx_needs_one_step_an_iteration():
 
     reason = conversion.cell("ONNX, export", "BPTTRNN", "sequence")
     assert reason == conversion.REASONS["Invalid tensor data type 0"]
+
+
+@pytest.mark.parametrize("options", [{}, {"output_units": 3}], ids=["h", "outputs"])
+def test_one_loop_has_the_same_gradient(options):
+    """That of `unroll=1`, of any number of steps, where no state is kept for it."""
+    signature = [tf.TensorSpec((None, None, D)), tf.TensorSpec((None, None), tf.bool)]
+    mask = rng(3).random((B, 11)) < 0.7
+    results = []
+    for unroll in (False, 1):
+        keras.utils.set_random_seed(0)
+        layer = BPTTRNN(H, return_sequences=True, unroll=unroll, **options)
+        layer.build((None, None, D))
+        layer.cell.set_weights(random_weights())
+
+        @tf.function(input_signature=signature)
+        def gradients(x, mask, layer=layer):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x, mask=mask)
+                loss = tf.reduce_sum(y**2)
+            return y, *tape.gradient(loss, [x, layer.cell.recurrent_kernel.value])
+
+        x = random_inputs(B, 11, D).astype("float32")
+        results.append(gradients(x, mask))
+    for got, expected in zip(*results[::-1], strict=True):
+        assert relative_error(got, expected) < FLOAT32
 
 
 # --- The table itself
