@@ -22,7 +22,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.execution import within_xla
-from keras_bptt.loops import size_of, stack
+from keras_bptt.loops import array, size_of, stack
 from keras_bptt.passes import where
 
 # What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
@@ -157,18 +157,19 @@ def walk(block, carry, blocks, widths, *, reverse=False, starts=False):
 
     first = carry[0]
     known = size if isinstance(size, int) else None
-    shapes = [[known, None, width] for width in widths] + [first.shape] * starts
-    arrays = [tf.TensorArray(first.dtype, count, element_shape=s) for s in shapes]
+    batch = tf.shape(first)[-2]
+    shapes = [([known, None, width], [size, batch, width]) for width in widths]
+    shapes += [(first.shape, tf.shape(first))] * starts
+    arrays = [array(first.dtype, count, *shape) for shape in shapes]
     # The next block may begin, no more: what runs ahead piles up.
     _, carry, arrays = tf.while_loop(
         lambda i, *_: i < count, body, (0, carry, arrays), parallel_iterations=2
     )
-    states = stack(arrays.pop(), tf.shape(first)) if starts else None
-    batch = tf.shape(first)[-2]
+    states = stack(arrays.pop(), count, tf.shape(first)) if starts else None
     known = steps if isinstance(steps, int) else None
     outputs = []
-    for array, width in zip(arrays, widths, strict=True):
-        output = stack(array, [size, batch, width])
+    for each, width in zip(arrays, widths, strict=True):
+        output = stack(each, count, [size, batch, width])
         output = tf.reshape(output, [count * size, batch, width])
         output = output if blocks.whole else output[:steps]
         outputs.append([tf.ensure_shape(output, [known, None, width])])

@@ -83,7 +83,9 @@ def forward_of_shard(options, constants, x, h_0, W, U, b, V, c):
         blocks = blocks_of(x, units, options.unroll, whole)
     else:
         blocks = checkpoint_blocks(x, every, options.unroll)
-    if shown and every is None and not blocks.in_loop:
+    # One loop that writes one step an iteration is what converters to ONNX know.
+    plain = stacked and options.unroll == 1 and not options.jit_compile
+    if every is None and (plain or (shown and not blocks.in_loop)):
         # One piece, which need not be copied: z takes no more than y will.
         blocks = blocks.in_one()
     inputs, real = padded(x, blocks), padded(mask, blocks)

@@ -76,7 +76,7 @@ def scan(
         number = max(1, min(number, most)) if isinstance(most, int) else number
     outputs = 0
     if stacked:
-        outputs = tf.TensorArray(carry.dtype, size, element_shape=like.shape)
+        outputs = array(carry.dtype, size, like.shape, tf.shape(like))
     # Not t computed from `valid`: XLA would compile for each of its values.
     last = () if valid is None else steps - 1
     state = loop(number, 0, last, carry, outputs)
@@ -85,7 +85,7 @@ def scan(
     _, _, carry, outputs = state
     if not stacked:
         return carry, None
-    outputs = stack(outputs, tf.shape(like))
+    outputs = stack(outputs, size, tf.shape(like))
     known = size if isinstance(size, int) else None
     return carry, tf.ensure_shape(outputs, [known, *like.shape])
 
@@ -105,11 +105,29 @@ def size_of(x, axis):
     return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
 
 
-def stack(array, shape):
-    """The elements of a TensorArray, of the given shape, as one tensor."""
+def array(dtype, size, shape, run_time_shape):
+    """A TensorArray of `size` tensors of one shape, as it is known and at run time.
+
+    An exported one LiteRT lays out as a tensor. For that it takes a shape which the graph
+    computes, but not, as `tf.TensorArray` has it, a constant with unknown sizes.
+    """
+    known = tf.TensorShape(shape).is_fully_defined()
+    if known or within_xla() or tf.executing_eagerly():
+        return tf.TensorArray(dtype, size, element_shape=shape)
+    flow = tf.raw_ops.TensorListReserve(
+        element_shape=run_time_shape, num_elements=size, element_dtype=dtype
+    )
+    return tf.TensorArray(dtype, flow=flow)
+
+
+def stack(array, size, shape):
+    """The `size` elements of a TensorArray, of the given shape, as one tensor."""
     if array.element_shape.is_fully_defined():
         return array.stack()
     # `array.stack()` of no elements, or of none yet written, needs their static shape.
     return tf.raw_ops.TensorListStack(
-        input_handle=array.flow, element_shape=shape, element_dtype=array.dtype
+        input_handle=array.flow,
+        element_shape=shape,
+        element_dtype=array.dtype,
+        num_elements=size if isinstance(size, int) else -1,
     )

@@ -6,7 +6,7 @@ recurrence.
 
 import tensorflow as tf
 
-from keras_bptt.passes import where
+from keras_bptt.passes import for_units, where
 
 
 def processing_order(options, x, mask):
@@ -31,11 +31,11 @@ def visible(options, mask):
     The same map takes a cotangent of the outputs back to e_t.
     """
     if mask is None or options.zero_output_for_mask:
-        return mask if mask is None else mask[:, :, None]
+        return for_units(mask)
     # From the first unmasked step on. Rows without one are 0 throughout.
     first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)[:, None]
     steps = tf.range(tf.shape(mask)[1])
-    return ((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))[:, :, None]
+    return for_units((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))
 
 
 def link_factors(options, constants):

@@ -25,7 +25,7 @@ def forward_pass(static, valid, U, h_0, z, mask, r):
         (h_T, h) with h time-major or, where the states are not wanted, (h_T,).
     """
     options, stacked = static
-    mask = None if mask is None else mask[:, :, None]
+    mask = for_units(mask)
     last, h = scan(
         states_step(options.states, U, r),
         h_0,
@@ -54,7 +54,7 @@ def backward_pass(options, valid, U, a, h, z, e, mask, r, factors):
         What these steps send back to the one before, and delta, time-major: 0 at steps
         that do not count.
     """
-    mask, factors = (t if t is None else t[:, :, None] for t in (mask, factors))
+    mask, factors = for_units(mask), for_units(factors)
 
     def inputs(t):
         return at(t, h, z) + batch_major_at(t, e, mask, factors)
@@ -104,6 +104,12 @@ def project(x, W, b):
 def dropped(factors, x):
     """`x` (batch, timesteps, ...) times `factors` (batch, ...), the same at every step."""
     return x if factors is None else factors[:, None] * x
+
+
+def for_units(x):
+    """`x` (batch, timesteps), the same for all units: (batch, timesteps, 1)."""
+    # Of a mask of unknown sizes LiteRT takes no x[:, :, None].
+    return None if x is None else tf.expand_dims(x, 2)
 
 
 def where(mask, x):
