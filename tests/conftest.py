@@ -1,7 +1,9 @@
 """Fixtures that every test shares."""
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 from helpers import MODES
 
 import keras_bptt.blocks
@@ -17,6 +19,10 @@ keras_bptt.loops.STEPS_PER_ITERATION = 2
 def pytest_configure(config):
     # Keras' own tests, which run here on this layer too, are marked with it.
     config.addinivalue_line("markers", "requires_trainable_backend: a mark of Keras")
+
+
+def pytest_report_header():
+    return f"TensorFlow {tf.__version__}, Keras {keras.__version__}, NumPy {np.__version__}"
 
 
 @pytest.fixture(autouse=True)

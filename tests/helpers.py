@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from keras_bptt import BPTTRNN
 
@@ -53,6 +54,14 @@ def few(cases, chosen):
     """All cases; those that are not chosen take long, together."""
     slow = pytest.mark.slow
     return [pytest.param(*case, marks=[slow] * (not chosen(*case))) for case in cases]
+
+
+def needs_keras(version, what):
+    """For a test of what Keras itself, SimpleRNN included, cannot do before `version`."""
+    return pytest.mark.skipif(
+        Version(keras.__version__) < Version(version),
+        reason=f"Keras {version} is the first that {what}",
+    )
 
 
 def rng(seed=0):

@@ -170,7 +170,8 @@ def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
     d = reference(e, adjoint_clipnorm=clip, **kept)
     for ours, theirs in [(flow.adjoint_norms, d.adjoint), (flow.delta_norms, d.delta)]:
         norms = np.where(mask, np.linalg.norm(theirs, axis=2), np.nan)
-        np.testing.assert_allclose(ours, norms, rtol=1e-9)
+        # Some versions of Keras add 1e-7 to the number of unmasked steps, here 21 or 27.
+        np.testing.assert_allclose(ours, norms, rtol=1e-8)
 
     # By lag, in real steps: each loss by itself.
     def shares(**kept):
@@ -189,7 +190,7 @@ def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
     free = shares(steps=None, mask=mask)
     np.testing.assert_allclose(flow.free_lag_norms, free, rtol=1e-9)
     own = shares(adjoint_clipnorm=clip, **kept)
-    np.testing.assert_allclose(flow.lag_norms, own, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(flow.lag_norms, own, rtol=1e-8, atol=1e-300)
     assert np.max(np.abs(own - free)) > 0.1
     assert flow.lag_norms[-1] == 0 < flow.free_lag_norms[-1]
 

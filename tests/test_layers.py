@@ -412,8 +412,11 @@ def test_mask_of_an_embedding(mode):
 
 def test_mask_is_handed_on():
     x = random_inputs()
+    x[~MIXED_MASK] = 0
+    # As the inputs carry it: one in the call itself goes no farther before Keras 3.11.
+    masked = keras.layers.Masking(dtype="float64")(x)
     for layer in pair(return_sequences=True):
-        y = layer(x, mask=MIXED_MASK)
+        y = layer(masked)
         np.testing.assert_array_equal(y._keras_mask, MIXED_MASK)
 
 
@@ -523,7 +526,11 @@ def test_stateful_in_mixed_precision():
 @pytest.mark.parametrize(
     "options",
     [
-        {"kernel_regularizer": "l2", "recurrent_regularizer": "l1"},
+        # Not L1, which some versions of Keras have in float32 alone.
+        {
+            "kernel_regularizer": "l2",
+            "recurrent_regularizer": keras.regularizers.L2(0.2),
+        },
         {"bias_regularizer": keras.regularizers.L2(0.3)},
     ],
     ids=["kernels", "bias"],
