@@ -2,6 +2,8 @@
 # than make and Python 3.10 or newer: `make demo`, `make test`.
 
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
+PYTHON_NEWEST ?= python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 # JAX and the compiler of TPUs, without TensorFlow.
@@ -14,8 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo flow test test-slow bench accelerators accelerators-quick doctest \
-	examples-smoke lint format dist clean
+.PHONY: help demo flow test test-slow test-oldest test-newest bench accelerators \
+	accelerators-quick doctest examples-smoke lint format dist clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
@@ -33,11 +35,25 @@ flow: $(VENV)/.installed-examples  ## See gradients vanish and explode, draw a f
 IN_TWO := --numprocesses 2 --dist loadfile
 
 test: $(VENV)/.installed-test  ## Run the tests
-	$(BIN)/python -m pytest -m "not slow" $(IN_TWO)
+	$(BIN)/python -m pytest -m "not slow" $(IN_TWO) $(TESTS)
 
 # pytest ends with status 5 where it collects no test, which is no failure here.
 test-slow: $(VENV)/.installed-test  ## Run the tests that take long
 	$(BIN)/python -m pytest -m slow $(IN_TWO) || [ $$? -eq 5 ]
+
+# Of the layer, its truncation and its exports those in which tf.function calls it, as
+# `fit` does: make test-oldest TESTS='$(CORE)'
+CORE := $(addprefix tests/test_,layers.py truncation_layer.py export.py convert.py) \
+	-k "graph or export or convert"
+
+test-oldest:  ## Run the tests with the oldest Python, TensorFlow and Keras of setup.cfg
+	$(MAKE) test VENV=.venv-oldest PYTHON=$(PYTHON_OLDEST) CONSTRAINTS=tests/oldest.txt
+
+# The newest are looked up each time, not only where setup.cfg changed.
+test-newest:  ## Run the tests with a new Python and the newest TensorFlow and Keras
+	rm -f .venv-newest/.installed-test
+	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON_NEWEST) \
+		PIP_OPTIONS="--upgrade --upgrade-strategy eager"
 
 doctest: $(VENV)/.installed-test  ## Run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules keras_bptt || [ $$? -eq 5 ]
@@ -77,23 +93,24 @@ dist: $(VENV)/.installed-dev  ## Build the source distribution and the wheel
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## Remove the environment, caches, builds and saved models
-	rm -rf $(VENV) $(ACCELERATORS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find saved_models -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
 
 # One stamp for each set of packages, older than setup.cfg only where that changed.
-$(VENV)/.installed: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing keras_bptt and its packages in $(VENV), the first time for minutes"
 	@$(call install,.)
 	@touch $@
 
-$(VENV)/.installed-%: setup.cfg pyproject.toml | $(BIN)/python
+$(VENV)/.installed-%: setup.cfg pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	@echo "Installing keras_bptt[$*] and its packages in $(VENV), the first time for minutes"
 	@$(call install,.[$*])
 	@touch $@
 
 define install
-$(BIN)/python -m pip install --quiet --editable '$(1)' || { \
+$(BIN)/python -m pip install --quiet $(PIP_OPTIONS) $(addprefix --constraint ,$(CONSTRAINTS)) \
+	--editable '$(1)' || { \
 	echo "The installation failed. If pip found no matching tensorflow," \
 		"choose a Python that TensorFlow supports:" \
 		"make clean; make PYTHON=python3.12 demo" >&2; \
