@@ -85,7 +85,7 @@ def results(call, weights, updates):
     def update():
         loss, gradients = loss_and_gradients()
         for weight, gradient in zip(weights, gradients, strict=True):
-            weight.assign_sub(0.05 * gradient)
+            weight.assign_sub(0.01 * gradient)
         return loss
 
     found = {"predictions": call(x).numpy()}
