@@ -31,7 +31,8 @@ import warnings
 import keras
 import numpy as np
 import tensorflow as tf
-from report import DOCS, filled
+from pages import filled
+from report import DOCS
 from timing import interleaved, summary
 
 from keras_bptt import BPTTRNN
@@ -165,14 +166,15 @@ def onnx(path):
     return run
 
 
-def openvino(model):
+def openvino(model, number):
+    """`number`: of outputs; Keras' export has inner tensors behind them."""
     import openvino
 
     compiled = openvino.Core().compile_model(model, "CPU")
 
     def run(arrays):
         ranks = (i.get_partial_shape().rank.get_length() for i in compiled.inputs)
-        return list(compiled([arrays[rank] for rank in ranks]).values())
+        return list(compiled([arrays[rank] for rank in ranks]).values())[:number]
 
     return run
 
@@ -222,13 +224,15 @@ def onnx_tool(model, folder):
 
 
 def openvino_export(model, folder):
-    return openvino(exported(model, folder, ".xml", format="openvino"))
+    path = exported(model, folder, ".xml", format="openvino")
+    return openvino(path, len(model.outputs))
 
 
 def openvino_saved_model(model, folder):
     import openvino as ov
 
-    return openvino(ov.convert_model(exported(model, folder, "")))
+    path = exported(model, folder, "")
+    return openvino(ov.convert_model(path), len(model.outputs))
 
 
 # A function of a model and a folder, and the batch of the model (None: any).
@@ -248,6 +252,8 @@ REASONS = {
     "Select TensorFlow op(s)": "needs kernels of TensorFlow (Flex)",
     "No conversion rule found": "lists are not known",
     "Invalid tensor data type 0": "lists that are written more than once an iteration",
+    "couldn't find scan output": "lists that are written more than once an iteration",
+    "Could not translate MLIR": "refused by the converter",
     "No module named": "not measured",
 }
 

@@ -120,14 +120,14 @@ def array(dtype, size, shape, run_time_shape):
     return tf.TensorArray(dtype, flow=flow)
 
 
-def stack(array, size, shape):
+def stack(written, size, shape):
     """The `size` elements of a TensorArray, of the given shape, as one tensor."""
-    if array.element_shape.is_fully_defined():
-        return array.stack()
-    # `array.stack()` of no elements, or of none yet written, needs their static shape.
+    if written.element_shape.is_fully_defined():
+        return written.stack()
+    # `written.stack()` of no elements, or of none yet written, needs their static shape.
     return tf.raw_ops.TensorListStack(
-        input_handle=array.flow,
+        input_handle=written.flow,
         element_shape=shape,
-        element_dtype=array.dtype,
+        element_dtype=written.dtype,
         num_elements=size if isinstance(size, int) else -1,
     )
