@@ -57,10 +57,10 @@ def few(cases, chosen):
 
 
 def needs_keras(version, what):
-    """For a test of what Keras itself, SimpleRNN included, cannot do before `version`."""
+    """For a test of what an older Keras itself, SimpleRNN included, does not do."""
     return pytest.mark.skipif(
         Version(keras.__version__) < Version(version),
-        reason=f"Keras {version} is the first that {what}",
+        reason=f"{what} needs Keras {version}",
     )
 
 

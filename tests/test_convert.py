@@ -136,7 +136,7 @@ def test_there_and_back(name):
 
 
 def test_back_to_the_same_configuration():
-    model = model_of("masks, states, shared")
+    model = model_of("Bidirectional")
     there = convert(model, truncation=3, checkpoint_every="sqrt", jit_compile=False)
     back = convert(there, to=layers.SimpleRNN)
     assert back.get_config() == model.get_config()

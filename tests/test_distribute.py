@@ -10,9 +10,11 @@ import subprocess
 import sys
 
 import devices
+import keras
 import numpy as np
 import pytest
 from helpers import FLOAT32, few, relative_error
+from packaging.version import Version
 
 SCRIPT = pathlib.Path(__file__).with_name("devices.py")
 
@@ -60,6 +62,8 @@ def of_case(trained, name, who):
     return {k.removeprefix(prefix): v for k, v in trained.items() if prefix in k}
 
 
+# Of two replicas Keras 3.8 reports another loss than it minimises, SimpleRNN's as well.
+REPORTED = Version(keras.__version__) >= Version("3.15")
 ALONE = [name for name in devices.CASES if "in the loss" not in name]
 
 
@@ -73,7 +77,8 @@ def test_two_replicas_train_as_one(name, trained):
     compiled = "SimpleRNN" not in name and name != "not compiled"
     assert one.pop("compiled") == two.pop("compiled") == compiled
     for key, expected in one.items():
-        assert relative_error(two[key], expected) < FLOAT32, key
+        if REPORTED or key not in ("loss", "evaluate"):
+            assert relative_error(two[key], expected) < FLOAT32, key
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_config_keeps_every_argument(name):
         wave,
         pytest.param(
             keras.layers.ReLU(2.0),
-            marks=needs_keras("3.10", "reads an activation that is a layer"),
+            marks=needs_keras("3.10", "reading an activation that is a layer"),
         ),
     ],
 )
@@ -475,6 +475,7 @@ def test_a_gradient_that_was_not_saved_raises(windows, tmp_path):
         tape.gradient(y, x)
 
 
+@needs_keras("3.15", "training a TFSMLayer")
 def test_loaded_model_in_keras(windows):
     """As a layer, which `fit` trains with the gradient that was exported."""
     model, path = windows

@@ -28,6 +28,7 @@ from helpers import (
     evaluate,
     examples,
     few,
+    needs_keras,
     pair,
     plain,
     random_inputs,
@@ -411,12 +412,18 @@ def test_mask_of_an_embedding(mode):
 
 
 def test_mask_is_handed_on():
+    """That which the inputs carry."""
     x = random_inputs()
     x[~MIXED_MASK] = 0
-    # As the inputs carry it: one in the call itself goes no farther before Keras 3.11.
     masked = keras.layers.Masking(dtype="float64")(x)
     for layer in pair(return_sequences=True):
-        y = layer(masked)
+        np.testing.assert_array_equal(layer(masked)._keras_mask, MIXED_MASK)
+
+
+@needs_keras("3.11", "handing on a mask that is passed in the call")
+def test_mask_of_the_call_is_handed_on():
+    for layer in pair(return_sequences=True):
+        y = layer(random_inputs(), mask=MIXED_MASK)
         np.testing.assert_array_equal(y._keras_mask, MIXED_MASK)
 
 
