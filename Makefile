@@ -39,10 +39,10 @@ test: $(VENV)/.installed-test  ## Run the tests
 
 # pytest ends with status 5 where it collects no test, which is no failure here.
 test-slow: $(VENV)/.installed-test  ## Run the tests that take long
-	$(BIN)/python -m pytest -m slow $(IN_TWO) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m slow $(IN_TWO) $(TESTS) || [ $$? -eq 5 ]
 
-# Of the layer, its truncation and its exports those in which tf.function calls it, as
-# `fit` does: make test-oldest TESTS='$(CORE)'
+# Of the layer and its truncation the tests in which tf.function calls it, as `fit` does, and
+# all of exports and `convert`: make test-oldest TESTS='$(CORE)'
 CORE := $(addprefix tests/test_,layers.py truncation_layer.py export.py convert.py) \
 	-k "graph or export or convert"
 
@@ -92,7 +92,7 @@ dist: $(VENV)/.installed-dev  ## Build the source distribution and the wheel
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-clean:  ## Remove the environment, caches, builds and saved models
+clean:  ## Remove the environments, caches, builds and saved models
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find saved_models -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

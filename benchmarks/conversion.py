@@ -396,7 +396,11 @@ def main():
     found = (
         json.loads(file.read_text()) if file.exists() else {"cells": {}, "speed": {}}
     )
-    found["versions"] = versions()
+    if found.setdefault("versions", versions()) != versions():
+        raise SystemExit(
+            f"{file} is of other packages: {found['versions']}. Received: {versions()}. "
+            "Remove it and measure all, or name another --directory."
+        )
     for name in args.only:
         if name == "speed":
             found["speed"] = speed(args.seconds)

@@ -10,5 +10,8 @@ def filled(page, name, text):
         pattern, lambda m: m[1] + text + "\n" + m[2], page, flags=re.S
     )
     if count != 1:
-        raise SystemExit(f"the page has not one place for {name}")
+        raise SystemExit(
+            f"The page must have one pair of comments <!-- {name} --> and "
+            f"<!-- end of {name} -->. Received: {count} of them."
+        )
     return page

@@ -18,7 +18,8 @@ TensorFlow's guide; they have not been run on a TPU by those who wrote them.
     python examples/distributed.py --resume         # goes on where a killed one stopped
     python examples/distributed.py --smoke          # some seconds
 
-Writes distributed_{strategy}.json, the losses, and checkpoints in distributed_{strategy}/.
+Writes distributed_{strategy}.json, the losses of this run, and checkpoints in
+distributed_{strategy}/.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """convert: a trained model of SimpleRNN as the same model of BPTTRNN, and back."""
 
+import functools
+
 import keras
 
 from keras_bptt.layers import BPTTRNN
@@ -12,12 +14,12 @@ def convert(model, to=BPTTRNN, **options):
     """Return a copy of a model with BPTTRNN in place of SimpleRNN, or the other way round.
 
     Use it where a trained model is there already: a `.weights.h5` file names the class
-    that it was saved from and loads into no other. Every layer of the one class becomes one
-    of the other, wherever it is in the model: in a `Bidirectional` or another wrapper, in a
-    model inside the model, shared between two calls, in a layer of your own that has it in
-    its configuration. Outputs are the same. Weights, names, the arguments of `compile` and
-    the state of the optimizer are carried over, so that training goes on where it was. The
-    model that is passed stays as it is.
+    that it was saved from and loads into no other. Every layer of the one class (not of a
+    subclass, nor `keras.layers.RNN`) becomes one of the other, wherever it is in the model:
+    in a `Bidirectional` or another wrapper, in a model inside the model, shared between two
+    calls, in a layer of your own that has it in its configuration. Outputs are the same.
+    Weights, names, the arguments of `compile` and the state of the optimizer are carried
+    over, so that training goes on where it was. The model that is passed stays as it is.
 
     What is copied is what a `.keras` file would hold. So layers of your own must be
     registered (`keras.saving.register_keras_serializable`) or named by a
@@ -28,7 +30,8 @@ def convert(model, to=BPTTRNN, **options):
         model: A `keras.Model` or `keras.Layer`.
         to: `BPTTRNN`, the default: what was a `SimpleRNN` becomes one. Or
             `keras.layers.SimpleRNN`: what was a `BPTTRNN` becomes one, without truncation,
-            clipping and checkpoints, which SimpleRNN has not and no output depends on.
+            clipping and checkpoints, which SimpleRNN does not have: no output depends on
+            them.
         **options: For every layer that becomes a `BPTTRNN`: `truncation`,
             `checkpoint_every`, `adjoint_clipnorm`, `jit_compile`.
 
@@ -37,8 +40,8 @@ def convert(model, to=BPTTRNN, **options):
 
     Raises:
         ValueError: for another `to`, an option that is none of these, a model without a
-            layer to convert, and a `BPTTRNN` with an output layer of its own, which
-            SimpleRNN has not.
+            layer to convert, a `BPTTRNN` with an output layer of its own, which SimpleRNN
+            does not have, and an optimizer of other weights than are trainable now.
 
     Example:
 
@@ -69,10 +72,21 @@ def convert(model, to=BPTTRNN, **options):
     copy.set_weights(model.get_weights())
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        pairs = zip(copy.optimizer.variables, optimizer.variables, strict=True)
-        for variable, value in pairs:
-            variable.assign(value)
+        _copy_state(optimizer, copy)
     return copy
+
+
+def _copy_state(optimizer, copy):
+    variables = getattr(getattr(copy, "optimizer", None), "variables", [])
+    if len(variables) != len(optimizer.variables):
+        raise ValueError(
+            "The optimizer of `model` must belong to the weights that are trainable now. "
+            f"Received: {len(optimizer.variables)} variables of the optimizer, where a new "
+            f"one has {len(variables)}. Compile the model again after `trainable` changed; "
+            "give a class with its own `compile` a `compile_from_config`."
+        )
+    for variable, value in zip(variables, optimizer.variables, strict=True):
+        variable.assign(value)
 
 
 def _other(layer_class):
@@ -118,6 +132,7 @@ def _replaced(node, to, options):
     return node | _identity(to) | {"config": arguments}, number + 1
 
 
+@functools.cache  # to make a layer draws a seed, and takes an automatic name
 def _identity(layer_class):
     """What names the class in a serialized layer."""
     serialized = keras.saving.serialize_keras_object(layer_class(1))

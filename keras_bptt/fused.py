@@ -83,10 +83,11 @@ def forward_of_shard(options, constants, x, h_0, W, U, b, V, c):
         blocks = blocks_of(x, units, options.unroll, whole)
     else:
         blocks = checkpoint_blocks(x, every, options.unroll)
-    # One loop that writes one step an iteration is what converters to ONNX know.
+    # One loop that writes one step an iteration is what converters to ONNX know. With an
+    # output layer it has z and h of all steps at a time.
     plain = stacked and options.unroll == 1 and not options.jit_compile
     if every is None and (plain or (shown and not blocks.in_loop)):
-        # One piece, which need not be copied: z takes no more than y will.
+        # One piece, which need not be copied; without an output layer z takes what y does.
         blocks = blocks.in_one()
     inputs, real = padded(x, blocks), padded(mask, blocks)
 

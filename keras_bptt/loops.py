@@ -108,8 +108,8 @@ def size_of(x, axis):
 def array(dtype, size, shape, run_time_shape):
     """A TensorArray of `size` tensors of one shape, as it is known and at run time.
 
-    An exported one LiteRT lays out as a tensor. For that it takes a shape which the graph
-    computes, but not, as `tf.TensorArray` has it, a constant with unknown sizes.
+    LiteRT lays an exported one out as a tensor. It does so for a shape that the graph
+    computes, but not for the constant with unknown sizes that `tf.TensorArray` makes of it.
     """
     known = tf.TensorShape(shape).is_fully_defined()
     if known or within_xla() or tf.executing_eagerly():

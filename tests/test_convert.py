@@ -199,6 +199,18 @@ def test_training_goes_on(loss):
         assert relative_error(ours, theirs) < FLOAT32
 
 
+def test_an_optimizer_of_other_weights():
+    """Frozen after `compile`: which of its variables belong to what is left?"""
+    model = model_of("plain")
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.layers[0].trainable = False
+    with pytest.raises(ValueError, match=r"trainable now.*Received: 12 .* has 6"):
+        convert(model)
+    model.compile("adam", "mse")
+    assert not convert(model).layers[0].trainable
+
+
 def test_neither_built_nor_compiled():
     model = keras.Sequential([layers.SimpleRNN(H)])
     there = convert(model)

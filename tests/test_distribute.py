@@ -59,7 +59,9 @@ def trained(tmp_path_factory, request):
 
 def of_case(trained, name, who):
     prefix = f"{name}/{who}/"
-    return {k.removeprefix(prefix): v for k, v in trained.items() if prefix in k}
+    return {
+        k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)
+    }
 
 
 # Of two replicas Keras 3.8 reports another loss than it minimises, SimpleRNN's as well.
@@ -200,6 +202,7 @@ def killed_and_restarted(folder, save_freq, at):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+@pytest.mark.slow
 def test_killed_training_ends_as_one_that_was_not(tmp_path):
     """With dropout and a randomised truncation, whose seeds no backup has."""
     at = 2 * devices.EPOCH + 2

@@ -74,6 +74,7 @@ KEY_LINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_example_runs(name, tmp_path):
     finished = subprocess.run(
@@ -221,6 +222,7 @@ def test_window_longer_than_the_text_is_named(demo):
         demo.cut_windows(np.arange(11), 11)
 
 
+@pytest.mark.slow
 def test_saved_model_that_predicts_otherwise_is_an_error(demo, monkeypatch, tmp_path):
     model = demo.build_model(demo.BPTTRNN(4, return_sequences=True), 5)
     export = model.export
@@ -320,6 +322,7 @@ def test_memory_is_left_out_where_it_is_unknown(long_sequences, monkeypatch, tmp
     assert long_sequences.shown(long_sequences.over(12.0, 5.0)) == "7 MB"
 
 
+@pytest.mark.slow
 def test_first_number_is_learned_by_two_sweeps_alone(long_sequences, pieces):
     pieces.updates, pieces.batch_size, pieces.learning_rate = 150, 32, 0.03
     network = long_sequences.Network(pieces, pieces.updates)
@@ -355,6 +358,7 @@ def test_replicas_share_a_global_batch(distributed, monkeypatch, tmp_path, pipel
     assert not np.isclose(*(distributed.global_batch(i, args)[0] for i in (1, 2))).any()
 
 
+@pytest.mark.slow
 def test_resumed_training_goes_on(distributed, monkeypatch, tmp_path):
     def losses(folder, *more):
         arguments = "--batch-size 4 --units 3 --save-every 2 --updates".split()
@@ -405,6 +409,7 @@ def test_baselines_of_the_stream(streaming):
     )
 
 
+@pytest.mark.slow
 def test_streams_are_learned(streaming, monkeypatch, tmp_path):
     args = arguments_of(
         streaming,

@@ -251,7 +251,6 @@ KEYS = [
 # In every mode by default, and in one; the rest takes long, together.
 IN_ALL_MODES = ("export mask", "save mask, softmax")
 IN_ONE_MODE = (
-    "export mixed precision",
     "export chunks, checkpoints, output layer",
     "export windows, state",
 )

@@ -86,6 +86,7 @@ def run(script, *arguments):
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_deterministic_operations_give_the_same_bits_twice():
     """In a process of its own: it cannot be turned off again."""
     run(TWICE)
@@ -214,6 +215,7 @@ except TypeError as error:
 """
 
 
+@pytest.mark.slow
 # Keras 3.8 imports what the file names.
 @needs_keras("3.15", "refusing to import what a file names")
 def test_without_the_import_keras_says_what_is_missing(saved):

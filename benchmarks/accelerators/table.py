@@ -58,8 +58,8 @@ def steps(entry):
     """The same for every device, or all of them; where a run alone tells, none."""
     compiled = entry["devices"].values()
     counts = {d["sequential_steps"] for d in compiled if "refused" not in d}
-    shown = sorted(f"{count:,}" for count in counts if count is not None)
-    return ", ".join(shown) or "–"
+    shown = {"–" if count is None else f"{count:,}" for count in counts}
+    return ", ".join(sorted(shown)) or "–"
 
 
 def size(compiled):
