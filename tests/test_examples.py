@@ -250,9 +250,9 @@ def test_memory_span_of_a_short_lag(memory_span, monkeypatch, tmp_path):
         *"--lag 8 --features 8 --units 24 --output-dir".split(),
         str(tmp_path),
     )
-    full, _ = memory_span.train(None, 0, args)
-    short, _ = memory_span.train(memory_span.Truncation(4, stride=1), 0, args)
-    enough, _ = memory_span.train(memory_span.Truncation(9, stride=1), 0, args)
+    full, *_ = memory_span.train(None, 0, args)
+    short, *_ = memory_span.train(memory_span.Truncation(4, stride=1), 0, args)
+    enough, *_ = memory_span.train(memory_span.Truncation(9, stride=1), 0, args)
     assert full < 0.05
     assert enough < full + 0.05
     assert short > 0.7
