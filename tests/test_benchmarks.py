@@ -93,7 +93,7 @@ def test_the_page_has_a_place_for_every_table():
     for name, (_, table, _) in report.BENCHMARKS.items():
         if table is not None:
             assert "\nTABLE\n<!-- end" in report.filled(page, name, "TABLE")
-    with pytest.raises(SystemExit, match="not one place"):
+    with pytest.raises(SystemExit, match="one pair of comments"):
         report.filled(page, "nothing", "TABLE")
 
 

@@ -55,11 +55,11 @@ def memory(entries):
 
 
 def steps(entry):
-    """The same for every device, or all of them; where a run alone tells, none."""
+    """The same for every device, or all that are known; where only a run tells, none."""
     compiled = entry["devices"].values()
     counts = {d["sequential_steps"] for d in compiled if "refused" not in d}
-    shown = {"–" if count is None else f"{count:,}" for count in counts}
-    return ", ".join(sorted(shown)) or "–"
+    shown = sorted(f"{count:,}" for count in counts if count is not None)
+    return ", ".join(shown) or "–"
 
 
 def size(compiled):
