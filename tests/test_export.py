@@ -414,6 +414,18 @@ def test_export_does_not_ask_for_xla(tmp_path):
         assert "PyFunc" not in {node.op for node in function.node_def}
 
 
+def test_one_step_an_iteration_is_one_loop():
+    """Of a sequence: no block, no rest, and one write, which is what ONNX knows."""
+    writes = {}
+    for unroll in (1, False):
+        model = small_model(BPTTRNN(H, return_sequences=True, unroll=unroll))
+        call = tf.function(model, input_signature=[tf.TensorSpec((None, None, D))])
+        graph = call.get_concrete_function().graph.as_graph_def()
+        nodes = [n.op for f in graph.library.function for n in f.node_def]
+        writes[unroll] = nodes.count("TensorListSetItem")
+    assert writes[1] == 1 < writes[False]
+
+
 def test_prediction_does_not_change_in_a_model():
     """`predict`, in batches that do not divide the examples, as SimpleRNN's."""
     x, _ = training_data()
