@@ -132,6 +132,10 @@ def main():
         help="only load the models that are there, and compare: the other process",
     )
     args = parser.parse_args()
+    for name, least in (("units", 1), ("epochs", 1), ("updates", 2)):
+        value = getattr(args, name)
+        if value < least:
+            parser.error(f"--{name} must be at least {least}. Received: {value}")
     if args.smoke:
         args.units, args.epochs, args.updates = 8, 1, 3
     report = args.output_dir / "saved_model.json"
