@@ -1,8 +1,10 @@
 """convert: a trained model of SimpleRNN as the same model of BPTTRNN, and back."""
 
 import functools
+import tempfile
 
 import keras
+import tensorflow as tf
 
 from keras_bptt.layers import BPTTRNN
 
@@ -70,10 +72,35 @@ def convert(model, to=BPTTRNN, **options):
     # What is in memory is trusted, a lambda too.
     copy = keras.saving.deserialize_keras_object(config, safe_mode=False)
     copy.set_weights(model.get_weights())
+    _copy_own_state(model, copy)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
         _copy_state(optimizer, copy)
     return copy
+
+
+def _copy_own_state(model, copy):
+    """What layers of their own load and save beside weights, and derive from them.
+
+    A `Normalization` computes with numbers that it derives where it loads its weights; what
+    a `StringLookup` has adapted to is a table, which only its files hold.
+    """
+    pairs = zip(_layers(model), _layers(copy), strict=True)
+    for layer, twin in pairs:
+        if type(layer).load_own_variables is not keras.Layer.load_own_variables:
+            store = {}
+            layer.save_own_variables(store)
+            twin.load_own_variables(store)
+        if hasattr(layer, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                layer.save_assets(folder)
+                twin.load_assets(folder)
+
+
+def _layers(model):
+    """Every layer in a model, at any depth, in an order that a copy of it has too."""
+    found = tf.train.TrackableView(model).descendants()
+    return [layer for layer in found if isinstance(layer, keras.Layer)]
 
 
 def _copy_state(optimizer, copy):

@@ -272,3 +272,34 @@ def test_errors(call, words):
         call(model_of("plain"))
     for word in words:
         assert word in str(raised.value)
+
+
+def test_what_preprocessing_has_adapted_to_is_copied():
+    """Statistics are derived when weights load, vocabularies are in no weight."""
+    x = (5 + 3 * rng(6).normal(size=(B, T, D))).astype("float32")
+    scale, words = layers.Normalization(), layers.TextVectorization()
+    inside = layers.Normalization(axis=None)
+    scale.adapt(x)
+    inside.adapt(x[..., :1])
+    words.adapt(["one two three", "two three", "three"])
+    numbers = keras.Sequential(
+        [
+            keras.Input((None, D)),
+            scale,
+            keras.Sequential([keras.Input((None, D)), inside, layers.SimpleRNN(H)]),
+        ]
+    )
+    text = keras.Sequential(
+        [
+            keras.Input((), dtype="string"),
+            words,
+            layers.Embedding(9, D, mask_zero=True),
+            layers.SimpleRNN(H),
+        ]
+    )
+    sentences = tf.constant(["three one", "two", "one unknown two"])
+    for model, inputs in (numbers, x), (text, sentences):
+        copy = convert(model, jit_compile=False)
+        np.testing.assert_allclose(copy(inputs), model(inputs), atol=SAME)
+        back = convert(copy, to=layers.SimpleRNN)
+        np.testing.assert_allclose(back(inputs), model(inputs), atol=SAME)
