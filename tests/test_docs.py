@@ -1,8 +1,11 @@
 """Every Python block of the README and the docs runs, in order, as a reader would."""
 
+import doctest
+import importlib.util
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,3 +45,81 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\s?\(([^)#\s]+)", page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+QUOTE = re.compile(r"^```python (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PROSE if QUOTE.search(page.read_text())],
+    ids=lambda page: page.name,
+)
+def test_quoted_lines_are_in_the_source(page):
+    for name, quote in QUOTE.findall(page.read_text()):
+        source = (ROOT / "keras_bptt" / name).read_text().splitlines()
+        lines = {line.strip() for line in source}
+        for line in filter(None, map(str.strip, quote.splitlines())):
+            assert line in lines, f"{page.name}: not a line of {name}: {line}"
+
+
+PROMPTS = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PROSE if PROMPTS.search(page.read_text())],
+    ids=lambda page: page.name,
+)
+def test_shown_numbers_come_out(page):
+    pieces = PROMPTS.split(page.read_text())
+    # Every other piece has prompts. Of the rest the line breaks, that of the opening fence
+    # included, so that a failure names its line of the page.
+    prompts = "".join(
+        piece if number % 2 else "\n" * (piece.count("\n") + 1)
+        for number, piece in enumerate(pieces)
+    )
+    test = doctest.DocTestParser().get_doctest(
+        prompts, {"__name__": "__main__"}, page.name, str(page), 0
+    )
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS  # as in setup.cfg
+    report = []
+    with np.printoptions():  # a page may set others
+        doctest.DocTestRunner(optionflags=flags).run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+@pytest.fixture(scope="module")
+def draw_bptt():
+    """The script of the figures as a module."""
+    pytest.importorskip("matplotlib")
+    path = ROOT / "docs" / "draw_bptt.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_of_the_derivation_are_drawn(draw_bptt, tmp_path):
+    first, again = (draw_bptt.draw_all(tmp_path / name) for name in ("first", "again"))
+    shown = re.findall(r"\]\(bptt/(\w+\.png)\)", (ROOT / "docs/bptt.md").read_text())
+    assert sorted(path.name for path in first) == sorted(shown)
+    for path, same in zip(first, again, strict=True):
+        assert path.read_bytes() == same.read_bytes()
+        assert 10_000 < path.stat().st_size < 150_000
+        assert (ROOT / "docs" / "bptt" / path.name).stat().st_size < 150_000
+
+
+def test_what_the_figures_of_the_derivation_show(draw_bptt):
+    right, nested, literal = draw_bptt.count_paths(4).values()
+    np.testing.assert_array_equal(right, np.tril(np.ones((4, 4))))
+    np.testing.assert_array_equal(nested, right)
+    expected = [[1, 0, 0, 0], [2, 1, 0, 0], [3, 2, 1, 0], [4, 3, 2, 1]]
+    np.testing.assert_array_equal(literal, expected)
+    for gain in (0.5, 1.5):
+        norms = draw_bptt.norms_by_distance(gain, 0.5, timesteps=6)
+        assert len(norms) == 7 and norms[0] == pytest.approx(1)
+        assert (norms[1:] < gain ** np.arange(1, 7)).all()
+    # Where the slope is 1 the bound is reached.
+    norms = draw_bptt.norms_by_distance(1.5, 1e-9, timesteps=6)
+    np.testing.assert_allclose(norms, 1.5 ** np.arange(7))
