@@ -1,4 +1,7 @@
-"""Every Python block of the README and the docs runs, in order, as a reader would."""
+"""Every Python block of the README and the docs runs, in order, as a reader would.
+
+A block behind a line `<!-- needs NAME -->` is left out where NAME cannot be imported.
+"""
 
 import doctest
 import importlib.util
@@ -16,6 +19,27 @@ PAGES = [
 ]
 
 
+def run(text, name):
+    found = re.findall(
+        r"(?:<!-- needs ([\w.]+) -->\n+)?```python\n(.*?)```", text, re.DOTALL
+    )
+    namespace = {"__name__": "__main__"}
+    for number, (needed, block) in enumerate(found, 1):
+        if needed and not importable(needed):
+            continue
+        code = compile(block, f"{name}, block {number}", "exec")
+        exec(code, namespace)
+    return namespace
+
+
+def importable(name):
+    try:
+        pytest.importorskip(name)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -26,11 +50,15 @@ PAGES = [
 )
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    namespace = {"__name__": "__main__"}
-    for number, block in enumerate(blocks, 1):
-        code = compile(block, f"{page.name}, block {number}", "exec")
-        exec(code, namespace)
+    run(page.read_text(), page.name)
+
+
+def test_a_block_that_needs_what_is_missing_is_left_out():
+    text = "```python\nseen = []\n```\n"
+    for needed in ("json", "no_such_package"):
+        text += f"<!-- needs {needed} -->\n```python\nseen += ['{needed}']\n```\n"
+        text += "Others run.\n\n```python\nseen += ['other']\n```\n"
+    assert run(text, "a page")["seen"] == ["json", "other", "other"]
 
 
 PROSE = [
