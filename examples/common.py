@@ -9,6 +9,8 @@ import time
 import keras
 import numpy as np
 import tensorflow as tf
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from keras_bptt import convert
 
@@ -50,6 +52,20 @@ def arguments(doc, smoke, **options):
     return args
 
 
+def digits(seed):
+    """Handwritten digits to train, validate and test, each (images, labels).
+
+    1797 images of 8 x 8 pixels come with scikit-learn, their shades from 0 to 16: images
+    (count, 8, 8), labels (count,).
+    """
+    found = load_digits()
+    x, y = found.images.astype("int32"), found.target.astype("int32")
+    split = dict(random_state=seed)
+    x, x_test, y, y_test = train_test_split(x, y, test_size=450, stratify=y, **split)
+    x, x_val, y, y_val = train_test_split(x, y, test_size=150, stratify=y, **split)
+    return (x, y), (x_val, y_val), (x_test, y_test)
+
+
 def save(figure, path):
     """Writes a figure: the same numbers, the same bytes."""
     figure.savefig(path, dpi=100, metadata={"Software": None})
@@ -80,8 +96,9 @@ def export(model, inputs, path):
 
     `path`.npz holds inputs_0, ... (of `inputs`, an array or a list of them), the model's
     outputs, random cotangents of these, and gradient_0, gradient_1, ... of
-    sum(outputs * cotangents), one for each trainable variable. It is not the model that has
-    these gradients from, but a SimpleRNN with the same weights, differentiated by TensorFlow.
+    sum(outputs * cotangents), one for each trainable variable. The gradients are not the
+    model's own: they are those of a SimpleRNN with the same weights, which TensorFlow
+    differentiates.
     """
     twin = convert(model, to=keras.layers.SimpleRNN)
     weights = [variable.value for variable in twin.trainable_variables]

@@ -1,8 +1,8 @@
 """One to one: name the species of a flower.
 
 With one time step a recurrent layer is a hidden layer: h_1 = tanh(x_1 W + h_0 U + b) with
-h_0 = 0. Nothing recurs, U gets no gradient, and the network is the perceptron with one hidden
-layer that it should be.
+h_0 = 0. Nothing recurs, U gets no gradient, and the network is the perceptron with one
+hidden layer that it should be.
 
 The 150 irises that R. A. Fisher made known in 1936 come with scikit-learn. Each is held out
 once: five networks are trained, each on four fifths of the flowers, a fifth of these being
@@ -57,6 +57,7 @@ def train(model, x, y, args):
         batches.prefetch(tf.data.AUTOTUNE),
         validation_data=(x_validation, y_validation),
         epochs=args.epochs,
+        shuffle=False,  # the batches are
         verbose=0,
         callbacks=[
             keras.callbacks.EarlyStopping(patience=15, restore_best_weights=True),
