@@ -131,6 +131,32 @@ def test_signature_begins_with_that_of_simplernn():
     assert [p.kind for p in ours[len(theirs) :]][-1] is inspect.Parameter.VAR_KEYWORD
 
 
+def test_editors_see_the_same_arguments():
+    """What the stub writes out for them is what the layer takes, in its order."""
+    stub = ast.parse((PACKAGE / "layers.pyi").read_text(encoding="utf-8"))
+    (init,) = (n for n in ast.walk(stub) if getattr(n, "name", None) == "__init__")
+    theirs = init.args.args[1:]
+    defaults = dict(zip(reversed(theirs), reversed(init.args.defaults), strict=False))
+    keywords = dict(zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True))
+    written = {
+        argument.arg: ast.literal_eval(default)
+        for argument, default in (defaults | keywords).items()
+    }
+    empty, rest = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
+    taken = inspect.signature(BPTTRNN).parameters.values()
+    known = {p.name: p.default for p in taken if p.kind is not rest}
+    assert known.pop("units") is empty
+    # Of a Keras that has got another argument, the stub says nothing.
+    assert [p.arg for p in theirs] == ["units", *known][: len(theirs)]
+    passed_on = {"zero_output_for_mask": False, "name": None, "dtype": None}
+    for name, default in (passed_on | {"trainable": True}).items():
+        assert written.pop(name) == default
+        BPTTRNN(1, **{name: default})
+    assert written == {name: known[name] for name in written}
+    own = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    assert own == [name for name in written if name not in {p.arg for p in theirs}]
+
+
 def test_arguments_keep_their_places():
     """By position, as a caller of SimpleRNN may pass them."""
     values = [5, "relu", False, "ones", "zeros", "ones", "l1", "l2"]

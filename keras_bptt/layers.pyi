@@ -1,0 +1,61 @@
+"""What editors and type checkers see of BPTTRNN: every argument, SimpleRNN's written out.
+
+At run time the signature is put together from the host's, whatever its version.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import keras
+
+from keras_bptt.truncation import RandomizedTruncation, Truncation
+
+_Named = str | dict[str, Any] | Callable[..., Any] | None
+_Policy = int | Truncation | RandomizedTruncation | None
+
+class BPTTRNN(keras.layers.SimpleRNN):
+    checkpoint_every: int | Literal["sqrt"] | None
+    adjoint_clipnorm: float | None
+    output_layer: keras.layers.Dense | None
+    jit_compile: bool | Literal["auto"]
+
+    def __init__(
+        self,
+        units: int,
+        activation: _Named = "tanh",
+        use_bias: bool = True,
+        kernel_initializer: _Named = "glorot_uniform",
+        recurrent_initializer: _Named = "orthogonal",
+        bias_initializer: _Named = "zeros",
+        kernel_regularizer: _Named = None,
+        recurrent_regularizer: _Named = None,
+        bias_regularizer: _Named = None,
+        activity_regularizer: _Named = None,
+        kernel_constraint: _Named = None,
+        recurrent_constraint: _Named = None,
+        bias_constraint: _Named = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        return_sequences: bool = False,
+        return_state: bool = False,
+        go_backwards: bool = False,
+        stateful: bool = False,
+        unroll: bool | int = False,
+        seed: int | None = None,
+        *,
+        truncation: _Policy = None,
+        checkpoint_every: int | Literal["sqrt"] | None = None,
+        adjoint_clipnorm: float | None = None,
+        output_units: int | None = None,
+        output_activation: _Named = None,
+        jit_compile: bool | Literal["auto"] = "auto",
+        zero_output_for_mask: bool = False,
+        name: str | None = None,
+        dtype: Any = None,
+        trainable: bool = True,
+        **kwargs: Any,
+    ) -> None: ...
+    @property
+    def truncation(self) -> Truncation | RandomizedTruncation | None: ...
+    @truncation.setter
+    def truncation(self, value: _Policy) -> None: ...
