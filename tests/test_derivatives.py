@@ -148,7 +148,7 @@ PLAIN += ["dropout", "backwards, no bias"]
         lambda case, mode: {
             "plain": case in PLAIN,
             "xla": case == IN_GRAPHS[0],
-            "eager": case == IN_GRAPHS[1],
+            "eager": False,
             "graph": case == IN_GRAPHS[2],
         }[mode],
     ),
@@ -337,7 +337,7 @@ def test_jacobian_in_xla_of_an_unrolled_layer(method):
     ("mode", "masked", "training"),
     few(
         itertools.product(["eager", "graph"], *[[False, True]] * 2),
-        lambda mode, masked, training: (mode == "eager") == masked == training,
+        lambda *case: case == ("graph", True, True),
     ),
 )
 def test_gradients_of_each_example(mode, masked, training):
@@ -372,7 +372,7 @@ def test_gradients_of_each_example(mode, masked, training):
     ("compiled", "activation"),
     few(
         itertools.product([False, True], ["tanh", "gelu", "softmax"]),
-        lambda compiled, activation: compiled == (activation == "gelu"),
+        lambda compiled, activation: activation == ("gelu" if compiled else "tanh"),
     ),
 )
 def test_compiled_forward_pass_under_an_eager_tape(compiled, activation):
@@ -488,6 +488,7 @@ def test_inside_a_branch(taken, mode):
         assert relative_error(given, wanted) < FLOAT64
 
 
+@in_modes("eager", "xla")
 def test_inside_a_loop(mode):
     """Each turn feeds the last state in again."""
     theirs, ours = unrolled_pair()
@@ -534,8 +535,7 @@ def primals_and_tangents(layer, x):
     ("case", "masked"),
     few(
         [(case, False) for case in FORWARD] + [("sequence and state", True)],
-        # A slope that z tells has the Hessian below.
-        lambda case, masked: masked or case in ("last output", "softmax"),
+        lambda case, masked: masked or case == "softmax",
     ),
 )
 def test_jacobian_times_vector(case, masked):
@@ -554,7 +554,7 @@ def test_jacobian_times_vector(case, masked):
     ("case", "masked"),
     few(
         [(case, False) for case in FORWARD] + [("sequence and state", True)],
-        lambda case, masked: masked or case == "gelu",
+        lambda case, masked: masked,
     ),
 )
 def test_hessian_times_vector(case, masked):

@@ -207,7 +207,6 @@ def test_equals_brute_force(window, mask, sequence):
             case
             in [
                 ("eager", (5, 2), "holes"),
-                ("graph", (4, 4), "no mask"),
                 ("xla", (7, 4), "holes"),
             ]
         ),
@@ -270,7 +269,7 @@ def test_clipped_windows(window, mask, sequence):
     ("mask", "mode"),
     few(
         itertools.product(["no mask", "holes"], MODES),
-        lambda mask, mode: mask == "holes" and mode != "eager",
+        lambda mask, mode: mask == "holes" and mode == "xla",
     ),
 )
 def test_clipped(mask, mode):
@@ -628,8 +627,7 @@ DEPTH = [(32, 32), (32, 16), (32, 8), (32, 5), (32, 1)]
     few(
         itertools.product(DEPTH, [512, 4096], [False, True]),
         lambda window, steps, masked: (
-            (window, steps, masked)
-            in [(DEPTH[0], 4096, False), (DEPTH[2], 512, True), (DEPTH[3], 4096, False)]
+            (window, steps, masked) in [(DEPTH[2], 512, True), (DEPTH[3], 4096, False)]
         ),
     ),
 )
