@@ -198,7 +198,8 @@ def test_equals_brute_force(option, window, masked):
 
 
 def some_in_modes(option, window, masked, mode, known):
-    windows = {"eager": "sliding", "graph": "overlapping", "xla": "chunks"}
+    # No example of the mask is longer than the overlapping window, which so cuts nothing.
+    windows = {"eager": "overlapping", "graph": "sliding", "xla": "chunks"}
     return (
         (option == "sequence and state" and masked)
         and window == windows[mode]
