@@ -56,6 +56,12 @@ def few(cases, chosen):
     return [pytest.param(*case, marks=[slow] * (not chosen(*case))) for case in cases]
 
 
+def in_modes(*chosen):
+    """Each mode of execution; those that are not chosen take long, together."""
+    modes = few([(mode,) for mode in MODES], lambda mode: mode in chosen)
+    return pytest.mark.parametrize("mode", modes)
+
+
 def needs_keras(version, what):
     """For a test of what an older Keras itself, SimpleRNN included, does not do."""
     return pytest.mark.skipif(

@@ -19,7 +19,11 @@ def _importable():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-@pytest.mark.parametrize("options", [{}, {"masked": True}, {"dropout": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"masked": True}, pytest.param({"dropout": 0.3}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_row_of_the_table(options):
     import contestants
     import training_step
@@ -97,6 +101,7 @@ def test_the_page_has_a_place_for_every_table():
         report.filled(page, "nothing", "TABLE")
 
 
+@pytest.mark.slow
 def test_memory_grows_by_what_is_kept():
     """h and x, of a hundred steps, in a process of its own."""
     import memory
@@ -219,6 +224,7 @@ def test_a_process_measures_time_and_memory():
         )
 
 
+@pytest.mark.slow
 def test_rows_of_truncation():
     import contestants
     import truncation

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import random_inputs
+from helpers import random_inputs, without_graphs
 
 from keras_bptt import (
     BPTTRNN,
@@ -97,6 +97,7 @@ def test_the_logs_hold_what_gradient_flow_gives():
     assert logger.flow["first"].adjoint_norms.shape == (3, T)
 
 
+@without_graphs()
 def test_known_numbers_are_logged():
     logs = epoch_of(GradientFlowLogger((X, Y)), model_of(decaying(0.5)))
     assert list(logs) == [f"rnn_{key}" for key in KEYS.split()]
@@ -106,6 +107,7 @@ def test_known_numbers_are_logged():
     assert logs["rnn_lag_share"] == pytest.approx(0.5 ** (T - 1), rel=1e-4)
 
 
+@without_graphs()
 def test_masked_steps_are_left_out():
     x = X.copy()
     x[:, :5] = 0
@@ -116,6 +118,7 @@ def test_masked_steps_are_left_out():
     assert logs["rnn_adjoint_norm"] == pytest.approx(np.mean(norms[:, 5:]), rel=1e-6)
 
 
+@without_graphs()
 def test_one_layer_of_several():
     model = model_of(decaying(1.0, name="a", return_sequences=True), decaying(0.5))
     logs = epoch_of(GradientFlowLogger((X, Y), layer="rnn"), model)
@@ -270,6 +273,7 @@ def test_large_maps_are_reduced():
     ],
     ids=str,
 )
+@without_graphs()
 def test_the_window_moves_to_the_suggestion(q, before, after):
     rnn = decaying(q, before)
     logs = epoch_of(AdaptiveTruncation((X, Y)), model_of(rnn))
@@ -339,7 +343,7 @@ def test_where_the_window_goes(q, before, options, after, moved):
     assert logs == {"rnn_window": min(after.steps, T) if after else T}
 
 
-@pytest.mark.parametrize("stride", [None, 2])
+@pytest.mark.parametrize("stride", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_the_suggestion_is_that_of_the_layers_own_blocks(stride):
     """Of a loss at every step, where the stride makes a difference."""
     rnn = decaying(0.5, Truncation(3, stride), return_sequences=True)
@@ -388,6 +392,7 @@ def test_layers_have_windows_of_their_own():
         assert logs[f"{name}_window"] == (k or T)
 
 
+@without_graphs()
 def test_one_window_of_several():
     other = decaying(0.5, 1, "other", return_sequences=True)
     rnn = decaying(0.5, 1)
@@ -425,7 +430,11 @@ def gradient_by_window(weights, truncation):
     return tape.gradient(loss, rnn.cell.recurrent_kernel.value).numpy()
 
 
-@pytest.mark.parametrize("rebuilt", [True, False], ids=["rebuilt", "negative control"])
+@pytest.mark.parametrize(
+    "rebuilt",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["rebuilt", "negative control"],
+)
 def test_a_changed_window_changes_the_next_step(rebuilt, traces, monkeypatch):
     rnn = decaying(0.5, 1)
     model = model_of(rnn, lr=0.1, model_class=Counting)
@@ -520,6 +529,7 @@ def test_windows_that_cannot_be(name, value):
         AdaptiveTruncation((X, Y), **{name: value})
 
 
+@without_graphs()
 def test_a_randomized_truncation_has_no_window():
     random = decaying(0.5, RandomizedTruncation(3), "random", return_sequences=True)
     rnn = decaying(0.5, 1)
@@ -540,6 +550,7 @@ def test_a_layer_that_is_not_there(callback):
 
 
 @pytest.mark.parametrize("callback", [GradientFlowLogger, AdaptiveTruncation])
+@without_graphs()
 def test_nests_and_whole_batches(callback):
     """Inputs and targets by name, and a layer that keeps its state, for all examples."""
     x = keras.Input(batch_shape=(B, T, D), name="x")

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import few, random_weights, rng
+from helpers import few, random_weights, rng, without_graphs
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, gradient_flow
 from keras_bptt.reference import hidden_gradients
@@ -51,6 +51,7 @@ def cotangents(model, x, y):
 
 
 @pytest.mark.parametrize("q", [0.5, 1.3])
+@without_graphs()
 def test_a_scaled_rotation_has_its_closed_form(q):
     x, y = data(H)
     flow = gradient_flow(linear(q * orthogonal()), x, y, loss=MSE)["rnn"]
@@ -90,6 +91,7 @@ def test_a_last_output_in_a_window_has_its_cotangent_once():
     np.testing.assert_allclose(flow.adjoint_norms, e * expected, rtol=1e-12)
 
 
+@without_graphs()
 def test_losses_at_every_step_are_followed_back_one_by_one():
     _, U, _ = random_weights(D, H, radius=1.1)
     x, y = data(T, H)
@@ -143,6 +145,7 @@ CASES = [(*case, mask) for case in CASES for mask in ("none", "mixed")]
     "policy, clip, padding",
     few(CASES, lambda _, clip, mask: (clip is None) == (mask == "none")),
 )
+@without_graphs()
 def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
     layer = tanh_layer(truncation=policy, adjoint_clipnorm=clip)
     model = model_of(keras.layers.Masking(dtype="float64"), layer)
@@ -196,6 +199,7 @@ def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "softplus"])
+@without_graphs()
 def test_no_step_exceeds_the_bound(name):
     layer = BPTTRNN(H, name, name="rnn", dtype="float64")
     model = model_of(layer)
@@ -245,6 +249,7 @@ def test_a_tape_over_single_steps_agrees_through_a_whole_model():
         np.testing.assert_allclose(flow[name].adjoint_norms, norms, rtol=1e-9)
 
 
+@without_graphs()
 def test_one_layer_by_name_or_by_itself():
     rnn = BPTTRNN(3, name="two")
     model = model_of(BPTTRNN(5, return_sequences=True, name="one"), rnn)
@@ -259,6 +264,7 @@ def test_one_layer_by_name_or_by_itself():
         flow["three"]
 
 
+@without_graphs()
 def test_calls_of_a_shared_layer_are_further_examples():
     keras.utils.set_random_seed(4)
     shared = BPTTRNN(H, name="rnn", dtype="float64")
@@ -277,6 +283,7 @@ def test_calls_of_a_shared_layer_are_further_examples():
     assert len(flow.lag_norms) == T
 
 
+@without_graphs()
 def test_layers_of_one_name_and_nested_models():
     inner = keras.Sequential(
         [keras.Input((T, D)), BPTTRNN(3, return_sequences=True, name="rnn")], name="a"
@@ -287,6 +294,7 @@ def test_layers_of_one_name_and_nested_models():
     assert [each.last_step_only for each in flow.values()] == [False, True]
 
 
+@without_graphs()
 def test_time_distributed_layers_are_measured_too():
     layer = keras.layers.TimeDistributed(BPTTRNN(3, name="rnn"))
     model = model_of(layer, inputs=(2, T, D))
@@ -295,6 +303,7 @@ def test_time_distributed_layers_are_measured_too():
     assert flow.adjoint_norms.shape == (2 * B, T)
 
 
+@without_graphs()
 def test_an_output_layer_of_the_layer_sends_its_cotangents():
     options = {"return_sequences": True, "name": "rnn", "dtype": "float64"}
     own = model_of(BPTTRNN(H, output_units=2, output_activation="tanh", **options))
@@ -387,6 +396,7 @@ def test_the_model_stays_as_it_is():
     assert gradient_flow(model, x, y)["rnn"].lag_norms[1] > 0
 
 
+@without_graphs()
 def test_without_a_path_to_the_loss_there_is_no_gradient():
     layer = BPTTRNN(H, name="rnn")
     model = model_of(layer, keras.layers.Rescaling(0.0))

@@ -8,7 +8,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import few, rng
+from helpers import few, rng, without_graphs
 
 from keras_bptt import (
     BPTTRNN,
@@ -113,6 +113,7 @@ def test_a_stride_is_a_positive_integer(stride):
         flow_of(decay(0.5)).suggest_truncation(0.1, stride)
 
 
+@without_graphs()
 def test_the_suggestion_grows_beyond_a_window_that_is_too_short():
     """It is measured without the layer's own window, which hides what it cuts off."""
     half = keras.initializers.Identity(0.8)
@@ -206,6 +207,7 @@ def test_advice_names_the_cause():
 
 
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu"])
+@without_graphs()
 def test_saturated_and_dead_units_are_counted(name):
     """With biases so large that some units are out of reach, whatever comes in."""
     layer = BPTTRNN(UNITS, name, return_sequences=True, name="rnn")
@@ -238,6 +240,7 @@ def test_saturated_and_dead_units_are_counted(name):
     assert text in flow.summary().replace("\n ", "")
 
 
+@without_graphs()
 def test_the_largest_slope_of_any_activation():
     def of(activation):
         layer = BPTTRNN(UNITS, activation, name="rnn")

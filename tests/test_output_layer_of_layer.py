@@ -160,7 +160,7 @@ def test_equals_time_distributed_dense():
     ("f", "mode"),
     few(
         itertools.product(["relu", "gelu", "softmax"], WAYS),
-        lambda *case: case in [("gelu", "plain"), ("softmax", "graph")],
+        lambda f, mode: f in ("gelu", "softmax") and mode == "plain",
     ),
 )
 def test_activation_below(f, mode):
@@ -263,7 +263,6 @@ OPTIONS = {
 # With a mask, for all that is computed without one is computed with it too.
 FEW_OPTIONS = {
     ("last output and state", "xla"),
-    ("sequence and state", "eager"),
     ("sequence and state", "graph"),
     ("no bias", "plain"),
     ("zero output, sequence", "plain"),
@@ -272,7 +271,7 @@ FEW_OPTIONS = {
     ("both dropouts, backwards", "plain"),
     ("regularizers", "plain"),
     ("chunks", "plain"),
-    ("chunks, last output", "eager"),
+    ("chunks, last output", "plain"),
     ("overlapping, backwards", "plain"),
     ("randomized", "graph"),
     ("clipped, chunks", "plain"),
@@ -607,9 +606,12 @@ TARGETS = {
             TARGETS, ["graph", "run_eagerly", "jit_compile"], [True, False]
         ),
         lambda loss, how, sequence: (
-            sequence
-            and (how == "graph" or (how, loss[:6]) == ("run_eagerly", "binary"))
-            or (loss[:6], how, sequence) == ("sparse", "graph", False)
+            (loss[:6], how, sequence)
+            in [
+                ("catego", "graph", True),
+                ("binary", "run_eagerly", True),
+                ("sparse", "graph", False),
+            ]
         ),
     ),
 )
@@ -662,7 +664,7 @@ def test_fit_lowers_the_loss(options):
 
 
 @pytest.mark.parametrize(
-    ("sequence",), few([(False,), (True,)], lambda sequence: sequence)
+    ("sequence",), few([(False,), (True,)], lambda sequence: not sequence)
 )
 def test_jacobian(sequence):
     theirs, ours = pair(return_sequences=sequence, g="softmax", outputs=3)
@@ -752,7 +754,7 @@ def check_combination(problem):
     assert_near(got, expected)
 
 
-@examples(4, derandomize=True)
+@examples(3, derandomize=True)
 @given(problems())
 def test_combination(problem):
     check_combination(problem)
@@ -845,6 +847,7 @@ def test_weights_go_to_a_clone(file, tmp_path):
     np.testing.assert_array_equal(clone(x), model(x))
 
 
+@pytest.mark.slow
 def test_export(tmp_path):
     """The gradient of what was reloaded, at another batch and another length."""
     model = classifier()

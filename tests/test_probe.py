@@ -6,7 +6,20 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLOAT64, MIXED_MASK, MODES, B, D, H, T, few, random_weights, rng
+from helpers import (
+    FLOAT64,
+    MIXED_MASK,
+    MODES,
+    B,
+    D,
+    H,
+    T,
+    few,
+    in_modes,
+    random_weights,
+    rng,
+    without_graphs,
+)
 from mutation import mutation_tests
 
 from keras_bptt import activations, probe, recurrence, truncated_reference
@@ -109,6 +122,7 @@ def chosen(f, policy, clip, mask, backwards, checkpoints):
 @pytest.mark.parametrize(
     "f, policy, clip, mask, backwards, checkpoints", few(CASES, chosen)
 )
+@without_graphs()
 def test_equals_the_reference_path_by_path(
     f, policy, clip, mask, backwards, checkpoints
 ):
@@ -182,7 +196,7 @@ def test_equals_a_tape_over_single_steps(f, output):
         np.testing.assert_allclose(ours, theirs, atol=FLOAT64)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_modes("eager", "xla")
 def test_the_outputs_are_those_without_the_probe(mode):
     (x, W, U, b, h_0), _ = problem()
     options = options_of(here, policy=Truncation(2))

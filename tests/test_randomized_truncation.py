@@ -14,6 +14,7 @@ from helpers import (
     H,
     assert_same,
     evaluate,
+    in_modes,
     random_inputs,
     random_weights,
     relative_error,
@@ -171,7 +172,7 @@ def check_unbiased(masked=False, **options):
     ("jit_compile", "masked"),
     [
         (False, True),
-        ("auto", False),
+        pytest.param("auto", False, marks=pytest.mark.slow),
         pytest.param(False, False, marks=pytest.mark.slow),
         pytest.param("auto", True, marks=pytest.mark.slow),
     ],
@@ -220,7 +221,7 @@ def test_factor_at_h_0_would_be_seen(monkeypatch):
 # --- One draw a call
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_modes("eager", "xla")
 def test_draws_follow_the_seed(mode):
     """The same first call of equal layers, then others."""
     x = random_inputs(B, T, D)
@@ -266,7 +267,7 @@ def test_draws_are_not_those_of_dropout():
     np.testing.assert_array_equal(*outputs)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@in_modes("graph")
 def test_one_draw_for_all_gradients_of_a_call(mode):
     layer, x = layer_of(return_sequences=True), tf.constant(random_inputs(B, T, D))
 

@@ -5,6 +5,7 @@ options with automatic differentiation of the equations, written out step by ste
 Last, terms of the backward pass are broken one at a time, and the checks must fail.
 """
 
+import functools
 import itertools
 import types
 from typing import NamedTuple
@@ -14,7 +15,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import MODES, WAYS, few, relative_error, rng, without_graphs
+from helpers import (
+    MODES,
+    WAYS,
+    few,
+    in_modes,
+    relative_error,
+    rng,
+    without_graphs,
+)
 from mutation import assert_caught, copy_of_modules
 
 import keras_bptt.activations
@@ -177,6 +186,7 @@ def share_at_step_1(problem, activation):
     return np.linalg.norm(a[:, 0]) / np.linalg.norm(a[:, -1])
 
 
+@functools.cache
 def lasting_problem(shape, activation, return_sequences):
     """U no larger than it must be for a gradient to reach step 1.
 
@@ -235,12 +245,18 @@ def test_equals_reference(activation, return_sequences, use_bias, shape):
     check_reference(MODULES, activation, return_sequences, use_bias, shape)
 
 
-@each_output
 @pytest.mark.parametrize(
-    ("shape", "mode"),
+    ("shape", "return_sequences", "mode"),
     few(
-        itertools.product(BLOCKS, WAYS),
-        lambda shape, mode: shape == "blocks_and_a_rest" or mode == "plain",
+        itertools.product(BLOCKS, [True, False], WAYS),
+        lambda shape, return_sequences, mode: (
+            mode == "plain"
+            or (shape, return_sequences, mode)
+            in [
+                ("blocks_and_a_rest", False, "graph"),
+                ("blocks_and_a_rest", True, "xla"),
+            ]
+        ),
     ),
 )
 def test_blocks_equal_reference(shape, return_sequences, mode):
@@ -265,10 +281,14 @@ def test_equals_reference_in_float32(activation, return_sequences, shape):
     ("activation", "return_sequences", "mode"),
     few(
         itertools.product(ACTIVATIONS, [True, False], MODES),
-        # Each in each kind of graph; once eagerly.
-        lambda activation, return_sequences, mode: (
-            activation == "tanh"
-            or (mode != "eager" and return_sequences == (mode == "xla"))
+        # Slopes that h tells, and one that z tells.
+        lambda *case: (
+            case
+            in [
+                ("tanh", True, "eager"),
+                ("relu", False, "graph"),
+                ("softplus", True, "xla"),
+            ]
         ),
     ),
 )
@@ -282,21 +302,21 @@ def test_equals_reference_in_graphs(activation, return_sequences, mode):
     few(
         itertools.product(["one_step", "two_steps", "long"], [True, False]),
         # Longer ones are walked in blocks, above.
-        lambda shape, return_sequences: (
-            shape == "one_step" or (shape == "two_steps" and return_sequences)
-        ),
+        lambda shape, return_sequences: shape == "one_step",
     ),
 )
 def test_lengths_in_graphs(return_sequences, shape, mode):
     check_reference(MODULES, "tanh", return_sequences, shape=shape, mode=mode)
 
 
-@each_output
 @pytest.mark.parametrize(
-    ("shape", "mode"),
+    ("shape", "return_sequences", "mode"),
     few(
-        itertools.product(["usual", "one_step"], WAYS),
-        lambda shape, mode: shape == "usual" or mode == "plain",
+        itertools.product(["usual", "one_step"], [True, False], WAYS),
+        lambda shape, return_sequences, mode: (
+            mode == "plain"
+            or (shape == "usual" and return_sequences == (mode == "graph"))
+        ),
     ),
 )
 def test_unrolled(return_sequences, shape, mode):
@@ -306,6 +326,7 @@ def test_unrolled(return_sequences, shape, mode):
 
 
 @in_graphs
+@pytest.mark.slow
 def test_float32_in_graphs(mode):
     check_reference(MODULES, "tanh", True, shape="long", mode=mode, dtype="float32")
 
@@ -374,6 +395,22 @@ def random_constants(shape, masks, dropout):
     return constants
 
 
+def problem_of_options(shape, activation, return_sequences):
+    return random_problem(shape, 1.2, return_sequences, seed=len(activation))
+
+
+@functools.cache
+def unrolled_results(activation, masks, dropout, shape, options):
+    """What `evaluate` gives, of the equations: several mutations are compared with it."""
+    options = dict(options)
+    constants = random_constants(shape, masks, dropout)
+    function = getattr(keras.activations, activation)
+    return evaluate(
+        lambda *arguments: unrolled(function, constants, arguments, **options),
+        problem_of_options(shape, activation, options["return_sequences"]),
+    )
+
+
 def check_options(
     modules, activation, masks=(), dropout=False, mode="plain", unroll=False, **options
 ):
@@ -381,12 +418,9 @@ def check_options(
     options = {"return_sequences": True} | options
     shape = (len(masks) or 3, 6, 4, 5)
     constants = random_constants(shape, masks, dropout)
-    problem = random_problem(
-        shape, 1.2, options["return_sequences"], seed=len(activation)
-    )
-    function = getattr(keras.activations, activation)
-    expected = evaluate(
-        lambda *arguments: unrolled(function, constants, arguments, **options), problem
+    problem = problem_of_options(shape, activation, options["return_sequences"])
+    expected = unrolled_results(
+        activation, tuple(masks), dropout, shape, tuple(options.items())
     )
     assert np.max(np.abs(expected["d_h_0"])) > 0.01
 
@@ -459,6 +493,8 @@ def test_dropout(activation, go_backwards, return_sequences):
         itertools.product(KINDS, MODES, [True, False]),
         lambda activation, mode, return_sequences: (
             return_sequences == (activation != "gelu")
+            and mode
+            in ("xla", {"tanh": "eager", "log_softmax": "graph"}.get(activation))
         ),
     ),
 )
@@ -562,6 +598,7 @@ def test_second_order(activation, return_sequences):
     check_second_order(MODULES, activation, return_sequences=return_sequences)
 
 
+@in_modes("xla")
 def test_second_order_in_graphs(mode):
     check_second_order(MODULES, "tanh", mode, return_sequences=True, go_backwards=True)
 

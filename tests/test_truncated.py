@@ -148,26 +148,41 @@ def assert_equal(got, want, tolerance=FLOAT64):
 
 def check(window, mask="no mask", sequence=True, mode="plain", modules=MODULES, **more):
     """One configuration against the brute force."""
-    mask = MASKS[mask]
-    clip = {k: more[k] for k in ("adjoint_clipnorm",) if k in more}
-    problem = arrays(mask, sequence)
-    constants = {"mask": None if mask is None else tf.constant(mask)}
     function = function_of(
-        window, modules, constants=constants, return_sequences=sequence, **more
+        window,
+        modules,
+        constants=constants_of(mask),
+        return_sequences=sequence,
+        **more,
     )
-    got, outputs = gradients(function, problem, mode)
-    want = expected(
-        problem, window, mask, sequence, more.get("zero_output_for_mask"), **clip
-    )
-    assert_equal(got, want)
+    got, outputs = gradients(function, arrays(MASKS[mask], sequence), mode)
+    zero, clip = map(more.get, ("zero_output_for_mask", "adjoint_clipnorm"))
+    assert_equal(got, expected_of(window, mask, sequence, zero, clip))
     # The outputs are those of the recurrence without a truncation.
-    plain = function_of(
-        None, constants=constants, return_sequences=sequence, **{**more, **clip}
-    )
-    with without_graphs():
-        wanted = plain(*map(tf.constant, problem[:5]))
-    for a, b in zip(outputs, wanted, strict=True):
+    whole = outputs_of_the_whole(mask, sequence, tuple(more.items()))
+    for a, b in zip(outputs, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def constants_of(mask):
+    mask = MASKS[mask]
+    return {"mask": None if mask is None else tf.constant(mask)}
+
+
+# Once each: several mutations are compared with the same numbers.
+@functools.cache
+def expected_of(window, mask, sequence, zero, clip):
+    mask = MASKS[mask]
+    clip = {} if clip is None else {"adjoint_clipnorm": clip}
+    return expected(arrays(mask, sequence), window, mask, sequence, zero, **clip)
+
+
+@functools.cache
+def outputs_of_the_whole(mask, sequence, options):
+    options = {"return_sequences": sequence, **dict(options)}
+    function = function_of(None, constants=constants_of(mask), **options)
+    with without_graphs():
+        return function(*map(tf.constant, arrays(MASKS[mask], sequence)[:5]))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +207,6 @@ def test_equals_brute_force(window, mask, sequence):
             case
             in [
                 ("eager", (5, 2), "holes"),
-                ("graph", (4, 4), "no mask"),
                 ("xla", (7, 4), "holes"),
             ]
         ),
@@ -215,10 +229,8 @@ def test_equals_brute_force_in_graphs(mode, window, mask):
             case
             in [
                 (1, (5, 2), "holes", True),
-                (17, (3, 3), "right", True),
                 (17, (5, 2), "holes", True),
                 (17, (3, 1), "no mask", False),
-                (9, (20, 7), "right", False),
             ]
         ),
     ),
@@ -257,7 +269,7 @@ def test_clipped_windows(window, mask, sequence):
     ("mask", "mode"),
     few(
         itertools.product(["no mask", "holes"], MODES),
-        lambda mask, mode: mask == "holes",
+        lambda mask, mode: mask == "holes" and mode == "xla",
     ),
 )
 def test_clipped(mask, mode):
@@ -277,7 +289,7 @@ def test_clipped(mask, mode):
     ("window", "mask"),
     few(
         itertools.product([None, (4, 4), (5, 2)], ["no mask", "holes"]),
-        lambda window, mask: (mask == "holes") == (window != (4, 4)),
+        lambda window, mask: mask == "holes" and window != (4, 4),
     ),
 )
 def test_parts_of_the_batch(monkeypatch, window, mask):
@@ -306,7 +318,9 @@ def test_parts_of_the_batch(monkeypatch, window, mask):
     assert_equal(got, expected(problem, window or (None, None), mask, **options))
 
 
-@pytest.mark.parametrize("mask", ["no mask", "holes"])
+@pytest.mark.parametrize(
+    "mask", [pytest.param("no mask", marks=pytest.mark.slow), "holes"]
+)
 def test_factors_of_an_unknown_number_of_steps(mask):
     mask, factors = MASKS[mask], rng(7).choice([0.0, 1.25], size=(B, T))
     constants = {
@@ -420,13 +434,15 @@ SECOND_ORDER = [(4, 4), (3, 1), (5, 2)]
 
 
 @pytest.mark.parametrize(
-    ("window", "sequence"),
+    ("window", "sequence", "mode"),
     few(
-        itertools.product(SECOND_ORDER, [True, False]),
-        lambda window, sequence: sequence == (window != (5, 2)),
+        itertools.product(SECOND_ORDER, [True, False], ["plain", "eager"]),
+        lambda window, sequence, mode: (
+            sequence == (window != (5, 2)) and (mode == "plain" or window == (5, 2))
+        ),
     ),
 )
-def test_second_order(window, sequence):
+def test_second_order(window, sequence, mode):
     """The same policy in every scan; for chunks a tf.stop_gradient between them."""
     problem = arrays(None, sequence)
 
@@ -436,25 +452,25 @@ def test_second_order(window, sequence):
 
     want = second_order(theirs, problem)
     ours = function_of(window, return_sequences=sequence)
-    assert_equal(second_order(ours, problem), want)
+    assert_equal(WAYS[mode](second_order)(ours, problem), want)
     whole = second_order(lambda *a: theirs(*a, window=(T, T)), problem)
     assert relative_error(whole[1], want[1]) > 0.01, "the window changed nothing"
 
 
 @pytest.mark.parametrize(
-    "window",
-    [
-        None,
-        (5, 2),
-        *(pytest.param(w, marks=pytest.mark.slow) for w in SECOND_ORDER[:2]),
-    ],
+    ("window", "mode"),
+    few(
+        itertools.product([None, *SECOND_ORDER], ["plain", "eager"]),
+        lambda window, mode: mode == "plain" and window in (None, (5, 2)),
+    ),
 )
-def test_second_order_of_clipped_gradients(window):
+def test_second_order_of_clipped_gradients(window, mode):
     """For fixed cotangents: one that depends on y meets the clipped gradient of y."""
     problem = arrays()
     first = functools.partial(clipped, window or (T, T), 0.7)
     ours = function_of(window, return_sequences=True, adjoint_clipnorm=0.7)
-    assert_equal(second_order(ours, problem, power=1), derivatives(first, problem))
+    got = WAYS[mode](second_order)(ours, problem, power=1)
+    assert_equal(got, derivatives(first, problem))
 
 
 @pytest.mark.parametrize(
@@ -504,7 +520,9 @@ def draw(seed=7):
     ("mask", "sequence", "mode"),
     few(
         itertools.product(MASKS, [True, False], WAYS),
-        lambda mask, sequence, mode: mask == "holes" and (sequence or mode == "plain"),
+        lambda mask, sequence, mode: (
+            mask == "holes" and mode != "eager" and (sequence or mode == "plain")
+        ),
     ),
 )
 def test_factors_equal_brute_force(mask, sequence, mode):
@@ -609,8 +627,7 @@ DEPTH = [(32, 32), (32, 16), (32, 8), (32, 5), (32, 1)]
     few(
         itertools.product(DEPTH, [512, 4096], [False, True]),
         lambda window, steps, masked: (
-            (window, masked)
-            in [(DEPTH[0], steps == 512), (DEPTH[2], True), (DEPTH[3], steps == 512)]
+            (window, steps, masked) in [(DEPTH[2], 512, True), (DEPTH[3], 4096, False)]
         ),
     ),
 )
@@ -628,8 +645,9 @@ def test_full_backward_pass_is_as_long_as_the_sequence():
 # ------------------------------------------------------------------------------- mutations
 
 
-def second_order_row_by_row(modules, window, mask, most=None):
-    """Second order with a mask: every example is what it is alone, clipped or not."""
+@functools.cache
+def second_order_of_rows(window, mask, most):
+    """What every example has alone, added up: several mutations are compared with it."""
     mask = MASKS[mask]
     problem = arrays(mask)
     x, W, U, h_0, b, dy, ds = problem
@@ -657,6 +675,16 @@ def second_order_row_by_row(modules, window, mask, most=None):
         want[0][row, real], want[3][row] = d_x[0], d_h_0[0]
         for total, part in zip(want[1:], (d_W, d_U, 0, d_b), strict=True):
             total += part
+    return want
+
+
+def second_order_row_by_row(modules, window, mask, most=None):
+    """Second order with a mask: every example is what it is alone, clipped or not."""
+    want = second_order_of_rows(window, mask, most)
+    mask = MASKS[mask]
+    problem = arrays(mask)
+    directions = random_directions(problem)
+    power = 2 if most is None else 1
     function = function_of(
         window,
         modules,
@@ -682,17 +710,26 @@ def check_factors(modules, mask, **options):
     assert_equal(got, want)
 
 
-def check_second_order_of_factors(modules, most=None):
+@functools.cache
+def second_order_by_tapes(most):
+    """What the checks of factors are compared with."""
     factors, problem = tf.constant(draw()), arrays()
-    options = {"constants": {"factors": factors}, "return_sequences": True}
     if most is None:
-        ours = function_of(None, modules, **options)
-        want = second_order(lambda *a: unrolled((T, T), *a, factors=factors), problem)
-        assert_equal(second_order(ours, problem), want)
-    else:
-        ours = function_of(None, modules, adjoint_clipnorm=most, **options)
-        first = functools.partial(clipped, (T, T), most, factors=factors)
-        assert_equal(second_order(ours, problem, power=1), derivatives(first, problem))
+        return second_order(lambda *a: unrolled((T, T), *a, factors=factors), problem)
+    first = functools.partial(clipped, (T, T), most, factors=factors)
+    return derivatives(first, problem)
+
+
+def check_second_order_of_factors(modules, most=None):
+    ours = function_of(
+        None,
+        modules,
+        constants={"factors": tf.constant(draw())},
+        return_sequences=True,
+        adjoint_clipnorm=most,
+    )
+    got = second_order(ours, arrays(), power=2 if most is None else 1)
+    assert_equal(got, second_order_by_tapes(most))
 
 
 def check_dropout(modules, window, activation):

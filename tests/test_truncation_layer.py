@@ -198,16 +198,12 @@ def test_equals_brute_force(option, window, masked):
 
 
 def some_in_modes(option, window, masked, mode, known):
-    if option == "sequence and state" and masked:
-        return known == (mode != "graph") and window == {
-            "eager": "sliding",
-            "graph": "overlapping",
-            "xla": "chunks",
-        }.get(mode)
-    last = "last output and state", "overlapping", True, "graph", False
-    return (option, window, masked, mode, known) in (
-        last,
-        ("clipped, backwards", *last[1:3], "xla", False),
+    # No example of the mask is longer than the overlapping window, which so cuts nothing.
+    windows = {"eager": "overlapping", "graph": "sliding", "xla": "chunks"}
+    return (
+        (option == "sequence and state" and masked)
+        and window == windows[mode]
+        and known == (mode != "graph")
     )
 
 
@@ -231,7 +227,7 @@ def test_equals_brute_force_in_each_mode(option, window, masked, mode, known):
     ("window", "known"),
     few(
         itertools.product(WINDOWS, [True, False]),
-        lambda window, known: window != "sliding" and known == (window == "chunks"),
+        lambda window, known: window == "overlapping" and not known,
     ),
 )
 def test_compiled_in_a_plain_graph(window, known):
@@ -290,11 +286,9 @@ LONG = [T, 20, Truncation(T, stride=3), Truncation(20, stride=1)]
 
 def some_bits(window, jit_compile, mode, known, masked, sequence):
     if mode == "eager":
-        eagerly = [(LONG[0], False), (LONG[2], True)]
-        return (window, masked) in eagerly and masked == sequence and not jit_compile
-    # Within XLA nothing is compiled on its own.
-    auto = jit_compile == ("auto" if mode == "graph" else False)
-    return window == LONG[3] and auto and masked and sequence and not known
+        return window == LONG[2] and masked and sequence and not jit_compile
+    in_graph = mode == "graph" and jit_compile == "auto"
+    return window == LONG[3] and in_graph and masked and sequence and not known
 
 
 @pytest.mark.parametrize(
@@ -325,7 +319,11 @@ def test_one_window_is_full_backpropagation(
         np.testing.assert_array_equal(results[1][name], array, err_msg=name)
 
 
-@pytest.mark.parametrize("window", [T, Truncation(20, stride=1)], ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [pytest.param(T, marks=pytest.mark.slow), Truncation(20, stride=1)],
+    ids=str,
+)
 def test_last_output_of_one_window_in_xla(window):
     """Where the graph does not know that no step lies before the window."""
     layer = layer_of(window)
@@ -446,6 +444,7 @@ def test_padding_changes_nothing(window, sequence, clip):
 
 
 @pytest.mark.parametrize("window", EACH_WINDOW)
+@without_graphs()
 def test_stateful(window):
     """The state goes on from batch to batch, and the gradient stops between them."""
     options = {"stateful": True, "return_sequences": True}
@@ -501,7 +500,7 @@ def test_sizes(window, size, masked, sequence):
     ("window", "mode"),
     few(
         itertools.product(WINDOWS, WAYS),
-        lambda w, mode: w == "overlapping" and mode in ("plain", "xla"),
+        lambda w, mode: w == "overlapping" and mode == "plain",
     ),
 )
 def test_mixed_precision(window, mode):
@@ -632,7 +631,7 @@ def check_combination(problem):
     assert_near(got, expected)
 
 
-@examples(5, derandomize=True)
+@examples(3, derandomize=True)
 @given(problems())
 def test_combination(problem):
     check_combination(problem)
@@ -708,7 +707,7 @@ def test_keras_file(policy, tmp_path):
 
     Keras keeps of a generator the seed, not how often it was asked.
     """
-    model = model_of(policy, adjoint_clipnorm=1.5)
+    model = model_of(policy, adjoint_clipnorm=1.5, jit_compile=False)
     x, y = padded_inputs(), random_inputs(B, T, H, seed=3)
     if isinstance(policy, Truncation):
         model.train_on_batch(x, y)
@@ -777,6 +776,7 @@ def test_export_keeps_the_truncation(window, clip, tmp_path):
             assert relative_error(a, expected[name]) < FLOAT32, name
 
 
+@pytest.mark.slow
 def test_saved_training_step(tmp_path):
     """The gradient itself, saved as part of a graph."""
     layer = layer_of(WINDOWS["overlapping"], return_sequences=True)
@@ -809,6 +809,7 @@ def test_saved_training_step(tmp_path):
 # --- What clipping is for
 
 
+@pytest.mark.slow
 def test_clipping_trains_what_explodes():
     """To sum the last three steps of a feature, from weights that amplify every step."""
     x = rng(3).normal(size=(64, 30, D)).astype("float32")
