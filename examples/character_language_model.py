@@ -15,6 +15,7 @@ little from one Python version to the next, and so does the score.
 """
 
 import argparse
+import json
 import math
 import pathlib
 import subprocess
@@ -105,8 +106,8 @@ class EpochClock(keras.callbacks.Callback):
         return float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
 
 
-def train(model, train_windows, heldout_windows, args):
-    """Returns (bits per character on the held-out windows, seconds per epoch)."""
+def train(model, train_windows, validation_windows, args):
+    """Returns (bits per validation character of each epoch, seconds per epoch)."""
     # The shuffling is seeded: every model that comes here sees the same batches.
     batches = (
         tf.data.Dataset.from_tensor_slices(train_windows)
@@ -124,9 +125,27 @@ def train(model, train_windows, heldout_windows, args):
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     clock = EpochClock()
-    model.fit(batches, epochs=args.epochs, shuffle=False, callbacks=[clock])
-    nats = model.evaluate(*heldout_windows, args.batch_size, verbose=0)
-    return nats / math.log(2), clock.typical_epoch()
+    fit = model.fit(
+        batches,
+        validation_data=tf.data.Dataset.from_tensor_slices(validation_windows).batch(
+            args.batch_size
+        ),
+        epochs=args.epochs,
+        shuffle=False,  # the batches are
+        callbacks=[
+            clock,
+            keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True),
+            keras.callbacks.ModelCheckpoint(
+                args.output_dir / "character_language_model.keras", save_best_only=True
+            ),
+        ],
+    )
+    bits = [nats / math.log(2) for nats in fit.history["val_loss"]]
+    return bits, clock.typical_epoch()
+
+
+def bits_per_character(model, windows, args):
+    return model.evaluate(*windows, args.batch_size, verbose=0) / math.log(2)
 
 
 def generate(model, alphabet, prompt, length, args):
@@ -173,6 +192,28 @@ def save_and_reload(model, characters, output_dir):
     print(f"{saved_model}, without keras_bptt: largest difference {difference}")
 
 
+def draw(results, path):
+    """Learning curves of both layers, beside what counting pairs of characters gives."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("No figure: matplotlib is not installed.")
+        return
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, style in ("BPTTRNN", "-"), ("SimpleRNN", "k:"):
+        bits = results["validation"][name]
+        axes.plot(range(1, len(bits) + 1), bits, style, label=name)
+    bigrams = results["scores"]["bigram counts"]
+    axes.axhline(
+        bigrams, color="grey", linestyle="--", label="bigram counts (held out)"
+    )
+    axes.set(xlabel="epoch", ylabel="bits per validation character")
+    axes.set_title("A language model of the Python reference", loc="left")
+    axes.legend()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
@@ -206,12 +247,14 @@ def parse_arguments():
 
 
 def main():
-    args = parse_arguments()
+    args, began = parse_arguments(), time.perf_counter()
     text = read_text()[: 20_000 if args.smoke else None]
     alphabet = sorted(set(text))
     ids = np.array([alphabet.index(c) for c in text], dtype="int32")
-    split = len(ids) * 9 // 10
-    train_windows = cut_windows(ids[:split], args.window)
+    # To train, to decide when to stop, to judge.
+    validation, split = len(ids) * 17 // 20, len(ids) * 9 // 10
+    train_windows = cut_windows(ids[:validation], args.window)
+    validation_windows = cut_windows(ids[validation:split], args.window)
     heldout_windows = cut_windows(ids[split:], args.window)
     python = ".".join(map(str, sys.version_info[:2]))
     print(f"Text: {len(ids):,} characters, {len(alphabet)} different, Python {python}")
@@ -224,9 +267,13 @@ def main():
     simple.set_weights(model.get_weights())
     model.summary()
     print("\nTraining with keras_bptt.BPTTRNN")
-    bits, seconds = train(model, train_windows, heldout_windows, args)
+    curve, seconds = train(model, train_windows, validation_windows, args)
+    bits = bits_per_character(model, heldout_windows, args)
     print("\nTraining with keras.layers.SimpleRNN")
-    simple_bits, simple_seconds = train(simple, train_windows, heldout_windows, args)
+    simple_curve, simple_seconds = train(
+        simple, train_windows, validation_windows, args
+    )
+    simple_bits = bits_per_character(simple, heldout_windows, args)
 
     unigram, bigram = count_bits(ids[:split], ids[split:], len(alphabet))
     print(f"\n{'on held-out text':<24}{'bits per character':>18}{'s per epoch':>13}")
@@ -240,6 +287,21 @@ def main():
 
     print(f"\nA sample at temperature {args.temperature}:\n")
     print(generate(model, alphabet, "The ", 40 if args.smoke else 400, args))
+    path = args.output_dir / "character_language_model.json"
+    results = {
+        "kind": "many to many",
+        "score": f"bits per held-out character, Python {python}",
+        "scores": {
+            "BPTTRNN": round(bits, 4),
+            "SimpleRNN": round(simple_bits, 4),
+            "unigram counts": round(unigram, 4),
+            "bigram counts": round(bigram, 4),
+        },
+        "seconds": round(time.perf_counter() - began),
+        "validation": {"BPTTRNN": curve, "SimpleRNN": simple_curve},
+    }
+    path.write_text(json.dumps(results) + "\n")
+    draw(results, path.with_suffix(".png"))
     print("\nSaved and loaded again:")
     save_and_reload(model, heldout_windows[0][:8], args.output_dir)
 
