@@ -14,6 +14,8 @@ import pytest
 from helpers import FLOAT32
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+sys.path.append(str(EXAMPLES))  # for what examples share
+NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 
 # What the output of each example must hold. An example that is not listed fails.
 KEY_LINES = {
@@ -50,6 +52,14 @@ KEY_LINES = {
         "sliding windows, k <= lag / 2: at least",
         "memory_span.json",
     ],
+    "rewrite_numbers.py": [
+        "Training SimpleRNN",
+        "Training BPTTRNN",
+        "share rewritten without an error, beam of 5",
+        "BPTTRNN, greedy",
+        "logistic regression",
+        "rewrite_numbers: a SavedModel",
+    ],
     "saved_model.py": [
         "checkpointed: exported to",
         "In a process without keras_bptt and Keras, largest relative differences",
@@ -75,7 +85,7 @@ KEY_LINES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", NAMES)
 def test_example_runs(name, tmp_path):
     finished = subprocess.run(
         [sys.executable, EXAMPLES / name, "--smoke", "--output-dir", tmp_path],
@@ -164,6 +174,11 @@ def long_sequences():
 @pytest.fixture(scope="module")
 def memory_span():
     return load("memory_span.py")
+
+
+@pytest.fixture(scope="module")
+def rewrite_numbers():
+    return load("rewrite_numbers.py")
 
 
 @pytest.fixture(scope="module")
@@ -421,6 +436,128 @@ def test_streams_are_learned(streaming, monkeypatch, tmp_path):
     streaming.keras.utils.set_random_seed(0)
     for losses in streaming.chunk_by_chunk(args), streaming.tbptt(4, 12, args):
         assert both < losses[-1] + 0.02 and losses[-1] < min(near, losses[0])
+
+
+SPOKEN = (
+    "oh one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+    " fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy"
+    " eighty ninety"
+).split()
+SPOKEN = {word: i if i < 20 else 10 * (i - 18) for i, word in enumerate(SPOKEN)}
+
+
+def hear(sentence):
+    """The digits of a sentence, each word alone: numbers below 100, said once or more."""
+    digits, times = "", 1
+    for word in sentence.split():
+        if word in ("double", "triple"):
+            times = 2 + (word == "triple")
+        else:
+            digits += times * str(sum(SPOKEN[part] for part in word.split("-")))
+            times = 1
+    return digits
+
+
+def test_numbers_are_read_out_right_and_once(rewrite_numbers):
+    drawn = rewrite_numbers.draw_examples([3000, 200, 100], 1)
+    assert [len(pairs) for pairs in drawn] == [3000, 200, 100]
+    pairs = list(itertools.chain(*drawn))
+    assert len({number for _, number in pairs}) == 3300
+    assert all(hear(sentence) == number for sentence, number in pairs)
+    assert {len(number) for _, number in pairs} == set(range(3, 9))
+    # Every word is said, and what can be said in two ways is said in both.
+    said = {part for s, _ in pairs for part in s.replace("-", " - ").split()}
+    assert said == set(rewrite_numbers.WORDS) - {""}
+    text = "; ".join(sentence for sentence, _ in pairs)
+    for ways in ["forty-two", "four two"], ["ten", "one oh"], ["eleven", "double one"]:
+        assert all(text.count(way) > 5 for way in ways)
+    assert drawn == rewrite_numbers.draw_examples([3000, 200, 100], 1)
+    assert drawn != rewrite_numbers.draw_examples([3000, 200, 100], 2)
+
+
+def test_tokens_of_a_number(rewrite_numbers):
+    pairs = [("double oh twenty-seven", "0027"), ("one three nine", "139")]
+    ((words, before), after), *rest = rewrite_numbers.batches(pairs, 2)
+    assert not rest
+    said = [[rewrite_numbers.WORDS[i] for i in row if i] for row in words]
+    assert said == [["double", "oh", "twenty", "-", "seven"], ["one", "three", "nine"]]
+    np.testing.assert_array_equal(before[0], [12, 1, 1, 3, 8, 0, 0, 0, 0])
+    np.testing.assert_array_equal(after[0], [1, 1, 3, 8, 11, 0, 0, 0, 0])
+    np.testing.assert_array_equal(after[1], [2, 4, 10, 11, 0, 0, 0, 0, 0])
+    assert rewrite_numbers.read_out(np.array(after)) == ["0027", "139"]
+
+
+@pytest.fixture
+def writer(rewrite_numbers):
+    """A model that is sure of nothing, sentences, its states for these, and its step."""
+    rewrite_numbers.keras.utils.set_random_seed(0)
+    model = rewrite_numbers.build_model(6)
+    random = np.random.default_rng(0)
+    weights = model.get_weights()
+    model.set_weights([w + random.normal(0, 0.5, w.shape) for w in weights])
+    words = random.integers(1, len(rewrite_numbers.WORDS), (4, 5), "int32")
+    words[1, 3:] = 0
+    reader, step = rewrite_numbers.reader_and_step(model)
+    return model, words, reader(words), step
+
+
+def test_greedy_is_a_beam_of_one(rewrite_numbers, writer):
+    *_, state, step = writer
+    tokens, log_p = rewrite_numbers.greedy(step, state, 9)
+    beam, total = rewrite_numbers.beam_search(step, state, 9, 1)
+    assert beam.shape == (4, 1, 9) and len({*map(tuple, tokens)}) > 1
+    np.testing.assert_array_equal(beam[:, 0], tokens)
+    np.testing.assert_allclose(total[:, 0], log_p, rtol=FLOAT32)
+
+
+def test_widest_beam_finds_all_there_is(rewrite_numbers, writer):
+    model, words, state, step = writer
+    pad, end = rewrite_numbers.PAD, rewrite_numbers.END
+    # All that can be written in three steps: padding after the end, and only there.
+    written = np.array(
+        [
+            s
+            for s in itertools.product(range(12), repeat=3)
+            if s[0]
+            and all((b == pad) == (a in (pad, end)) for a, b in itertools.pairwise(s))
+        ],
+        "int32",
+    )
+    assert len(written) == 1000 + 100 + 10 + 1
+    before = np.insert(written[:, :2], 0, rewrite_numbers.START, axis=1)
+    beam, total = rewrite_numbers.beam_search(step, state, 3, 1111)
+    narrow, _ = rewrite_numbers.beam_search(step, state, 3, 4)
+    _, likeliest = rewrite_numbers.greedy(step, state, 3)
+    for i, sentence in enumerate(words):
+        # Told the digits before, all steps at once.
+        logits = model([np.tile(sentence, (1111, 1)), before]).numpy()
+        p = np.exp(logits[..., 1:])
+        log_p = np.log(p / p.sum(axis=-1, keepdims=True))
+        chosen = np.take_along_axis(log_p, np.maximum(written - 1, 0)[..., None], -1)
+        expected = np.sum(chosen[..., 0], axis=1, where=written != pad)
+        order = np.argsort(-expected)
+        np.testing.assert_allclose(total[i], expected[order], rtol=FLOAT32)
+        np.testing.assert_array_equal(beam[i, :3], written[order[:3]])
+        places = [np.flatnonzero((written == s).all(axis=1)).item() for s in beam[i]]
+        np.testing.assert_allclose(total[i], expected[places], rtol=FLOAT32)
+        assert {*map(tuple, narrow[i])} <= {*map(tuple, written)}
+    assert (total[:, 0] > likeliest - 1e-5).all()
+    assert (total[:, 0] > likeliest + 0.01).any()
+
+
+def test_exact_share_is_that_of_greedy_decoding(rewrite_numbers, writer):
+    model, words, state, step = writer
+    tokens, _ = rewrite_numbers.greedy(step, state, 9)
+    other = tokens.copy()
+    other[2, 0] = 1 + other[2, 0] % 10
+    for target, share in (tokens, 1.0), (other, 0.75):
+        before = np.insert(target[:, :-1], 0, rewrite_numbers.START, axis=1)
+        metric = rewrite_numbers.Exact()
+        # Logits for padding are in the way of the model, not of the decoder.
+        logits = model([words, before]).numpy()
+        logits[..., 0] = logits.min() - 1
+        metric.update_state(target, logits)
+        assert metric.result() == share
 
 
 def test_networks_differ_in_the_gain_alone(
