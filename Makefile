@@ -16,8 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
-.PHONY: help demo flow test test-slow test-oldest test-newest bench accelerators \
-	accelerators-quick doctest examples-smoke lint format dist clean
+.PHONY: help demo flow examples docs test test-slow test-oldest test-newest bench accelerators \
+	accelerators-quick doctest examples-smoke lint format dist package clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
@@ -29,6 +29,15 @@ demo: $(VENV)/.installed  ## Train, compare, sample and save a language model (m
 
 flow: $(VENV)/.installed-examples  ## See gradients vanish and explode, draw a figure (minutes)
 	$(BIN)/python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
+
+# The kinds of RNN; make demo has the language model.
+KINDS := flowers draw_digits read_digits sunspots rewrite_numbers
+
+examples: $(VENV)/.installed-examples demo  ## Train the kinds of RNN, write saved_models (a quarter of an hour)
+	@set -e; for kind in $(KINDS); do $(BIN)/python examples/$$kind.py; done
+
+docs: $(VENV)/.installed-test  ## Draw every figure again, write tables and docs/api.md
+	$(BIN)/python docs/build.py
 
 # File by file in two processes: most of a test's time is TensorFlow tracing a graph, on
 # one core.
@@ -59,7 +68,7 @@ doctest: $(VENV)/.installed-test  ## Run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules keras_bptt || [ $$? -eq 5 ]
 
 examples-smoke: $(VENV)/.installed-examples  ## Run every example in its short form
-	@set -e; for example in examples/*.py; do \
+	@set -e; for example in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
 		output=$$(mktemp -d); \
 		echo "$$example --smoke"; \
 		$(BIN)/python $$example --smoke --output-dir "$$output"; \
@@ -92,10 +101,16 @@ dist: $(VENV)/.installed-dev  ## Build the source distribution and the wheel
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-clean:  ## Remove the environments, caches, builds and saved models
+package: dist  ## Install the wheel in an empty environment, and train there
+	rm -rf .venv-wheel
+	$(BIN)/python -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
+	.venv-wheel/bin/python tests/wheel.py dist/*.whl
+
+clean:  ## Remove the environments, caches, builds and what examples wrote
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	find saved_models -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	git clean -dfXq saved_models || true
 
 # One stamp for each set of packages, older than setup.cfg only where that changed.
 $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) | $(BIN)/python

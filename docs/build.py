@@ -1,12 +1,9 @@
 """Draws every figure again and writes what is generated of the pages (`make docs`).
 
-    python docs/build.py
-
-Measures and trains nothing: numbers are those that lie beside the figures. `make bench`,
-`make flow`, `make examples` and `python examples/memory_span.py` find new ones.
+Measures and trains nothing: the numbers are those that lie beside the figures. New ones
+come from `make examples`, `make flow`, `make bench` and `python examples/memory_span.py`.
 """
 
-import argparse
 import importlib
 import json
 import pathlib
@@ -18,7 +15,7 @@ import write_api
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path += [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-# The kinds of RNN, by the sheet's table: a script in examples/, its results saved_models/.
+# Scripts in examples/, in the order of the cheat sheet's kinds; results in saved_models/.
 KINDS = [
     "flowers",
     "draw_digits",
@@ -29,28 +26,70 @@ KINDS = [
 ]
 
 
-def read(path):
-    """A JSON file with the keys of its tables as numbers where they were."""
-    return json.loads(path.read_text())
+def results(name):
+    return json.loads((ROOT / f"{name}.json").read_text())
 
 
-def draw_examples(to):
+def draw_kinds(folder):
     for name in KINDS:
-        draw = importlib.import_module(name).draw
-        draw(read(ROOT / "saved_models" / f"{name}.json"), to(f"saved_models/{name}.png"))
-    name = "docs/gradient_flow/vanishing_and_exploding"
-    found = read(ROOT / f"{name}.json")
-    importlib.import_module(pathlib.Path(name).name).plot(found["seeds"], to(f"{name}.png"))
-    name = "docs/truncation/memory_span"
-    found = read(ROOT / f"{name}.json")
+        path = f"saved_models/{name}"
+        importlib.import_module(name).draw(results(path), folder / f"{path}.png")
+
+
+def draw_other_examples(folder):
+    path = "docs/gradient_flow/vanishing_and_exploding"
+    plot = importlib.import_module("vanishing_and_exploding").plot
+    plot(results(path)["seeds"], folder / f"{path}.png")
+    path = "docs/truncation/memory_span"
+    found = results(path)
+    plot = importlib.import_module("memory_span").plot
     settings = types.SimpleNamespace(**found["settings"])
-    importlib.import_module(pathlib.Path(name).name).plot(
-        found["rows"], to(f"{name}.png"), settings
-    )
+    plot(found["rows"], folder / f"{path}.png", settings)
 
 
-def draw_benchmarks(to):
+def draw_benchmarks(folder):
     for name, (_, _, plot) in importlib.import_module("report").BENCHMARKS.items():
+        path = f"docs/performance/{name}"
         if plot is not None:
-            found = read(ROOT / "docs/performance" / f"{name}.json")
-            plot(found["results"], to(f"docs/performance/{name}.png"))
+            plot(results(path)["results"], folder / f"{path}.png")
+
+
+def table_of_kinds():
+    """A row for each kind: what its networks reach, and what the baselines do."""
+    rows = ["| kind | script | score | BPTTRNN | SimpleRNN | baselines |"]
+    rows.append("|---" * 6 + "|")
+    for name in KINDS:
+        found = results(f"saved_models/{name}")
+        cells = {"BPTTRNN": [], "SimpleRNN": [], "baselines": []}
+        for who, score in found["scores"].items():
+            layer, _, what = who.partition(", ")
+            column = layer if layer in cells else "baselines"
+            what = what if column != "baselines" else who
+            cells[column].append(f"{what} {score:.4g}".strip())
+        cells = " | ".join("<br>".join(values) for values in cells.values())
+        score = found["score"]
+        rows.append(
+            f"| {found['kind']} | [`{name}.py`]({name}.py) | {score} | {cells} |"
+        )
+    return "\n".join(rows)
+
+
+def main(folder=ROOT):
+    """Writes into `folder` as if it were the repository."""
+    for path in sorted({path.parent for path in ROOT.glob("**/*.png")}):
+        if not path.relative_to(ROOT).parts[0].startswith("."):
+            (folder / path.relative_to(ROOT)).mkdir(parents=True, exist_ok=True)
+    (folder / "examples").mkdir(exist_ok=True)
+    draw_kinds(folder)
+    draw_other_examples(folder)
+    draw_benchmarks(folder)
+    draw_bptt.draw_all(folder / "docs/bptt")
+    write_api.write(folder / "docs")
+    filled = importlib.import_module("pages").filled
+    page = (ROOT / "examples/README.md").read_text()
+    page = filled(page, "kinds", table_of_kinds())
+    (folder / "examples/README.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,6 @@ griffe reads the sources, griffe2md makes Markdown of them. What they do not kno
 right here: examples that are doctests, call arguments, and the anchors of GitHub.
 """
 
-import argparse
 import logging
 import pathlib
 import re
@@ -103,10 +102,8 @@ def with_links(page):
     return re.sub(r"\[([^\]]*)\]\(#([^)]*)\)", link, page)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output-dir", type=pathlib.Path, default=FOLDER)
-    args = parser.parse_args()
+def write(folder=FOLDER):
+    """Writes api.md into the folder."""
     logging.getLogger("griffe").setLevel(logging.ERROR)  # types may be left out
     package = griffe.load("keras_bptt", docstring_parser="google", resolve_aliases=True)
     # The source says *args and **kwargs for what is SimpleRNN's; the stub writes it out.
@@ -118,8 +115,8 @@ def main():
         page += f"\n## {title}\n"
         for name in names:
             page += "\n" + page_of(name, package)
-    (args.output_dir / "api.md").write_text(with_links(page))
+    (folder / "api.md").write_text(with_links(page), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write()

@@ -7,15 +7,20 @@ import doctest
 import importlib.util
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+import keras_bptt
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
     page
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    if "```python\n" in page.read_text()
+    for page in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md"))
+    if "```python\n" in page.read_text() and page.parent.name != "build"
 ]
 
 
@@ -32,6 +37,14 @@ def run(text, name):
     return namespace
 
 
+def load(name):
+    """A script of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def importable(name):
     try:
         pytest.importorskip(name)
@@ -43,13 +56,16 @@ def importable(name):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] * (page.name != "README.md"))
+        pytest.param(page, marks=[pytest.mark.slow] * (page.parent != ROOT))
         for page in PAGES
+        if page.name != "api.md"  # made of docstrings, which are tested
     ],
-    ids=lambda page: page.name,
+    ids=lambda page: f"{page.parent.name}-{page.name}",
 )
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if page.parent.name == "saved_models":
+        shutil.copytree(page.parent, "saved_models")
     run(page.read_text(), page.name)
 
 
@@ -68,11 +84,62 @@ PROSE = [
 ]
 
 
-@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
+def anchors(page):
+    """The places on a page that a link can name, as GitHub makes them of headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    found = []
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        # The second of a name is name-1.
+        found.append(f"{name}-{found.count(name)}" if name in found else name)
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", PROSE, ids=lambda page: f"{page.parent.name}-{page.name}"
+)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\s?\(([^)#\s]+)", page.read_text()):
-        if not target.startswith(("http:", "https:")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for target in re.findall(r"\]\s?\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_interface_page_is_that_of_the_docstrings(tmp_path):
+    pytest.importorskip("griffe2md")
+    write_api = load("write_api")
+    write_api.write(tmp_path)
+    assert (tmp_path / "api.md").read_text() == (ROOT / "docs/api.md").read_text(), (
+        "run: make docs"
+    )
+    public = sum(list(write_api.PARTS.values())[:3], [])
+    assert {name.rpartition(".")[2] for name in public} == set(keras_bptt.__all__)
+    # Every example is a block, and all are there.
+    text = (tmp_path / "api.md").read_text()
+    assert text.count(">>> ") == sum(
+        block.count(">>> ") for block in re.findall(r"```pycon\n(.*?)```", text, re.S)
+    )
+    assert "truncation=None" in text and "use_bias=True" in text
+
+
+@pytest.mark.slow
+def test_every_figure_is_drawn_again(tmp_path):
+    """By `make docs`, and the tables are filled as they are."""
+    pytest.importorskip("griffe2md")
+    code = f"import pathlib, build; build.main(pathlib.Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.png"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+    assert drawn == set(tracked) and len(drawn) >= 15
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in drawn)
+    page = pathlib.Path("examples/README.md")
+    assert (tmp_path / page).read_text() == (ROOT / page).read_text(), "run: make docs"
 
 
 QUOTE = re.compile(r"^```python (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -96,7 +163,7 @@ PROMPTS = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PROSE if PROMPTS.search(page.read_text())],
+    [p for p in PROSE if PROMPTS.search(p.read_text()) and p.name != "api.md"],
     ids=lambda page: page.name,
 )
 def test_shown_numbers_come_out(page):
@@ -119,13 +186,8 @@ def test_shown_numbers_come_out(page):
 
 @pytest.fixture(scope="module")
 def draw_bptt():
-    """The script of the figures as a module."""
     pytest.importorskip("matplotlib")
-    path = ROOT / "docs" / "draw_bptt.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("draw_bptt")
 
 
 def test_figures_of_the_derivation_are_drawn(draw_bptt, tmp_path):
