@@ -20,8 +20,9 @@ def convert(model, to=BPTTRNN, **options):
     subclass, nor `keras.layers.RNN`) becomes one of the other, wherever it is in the model:
     in a `Bidirectional` or another wrapper, in a model inside the model, shared between two
     calls, in a layer of your own that has it in its configuration. Outputs are the same.
-    Weights, names, the arguments of `compile` and the state of the optimizer are carried
-    over, so that training goes on where it was. The model that is passed stays as it is.
+    Weights, names, what preprocessing layers have adapted to, the arguments of `compile`
+    and the state of the optimizer are carried over, so that training goes on where it was.
+    The model that is passed stays as it is.
 
     What is copied is what a `.keras` file would hold. So layers of your own must be
     registered (`keras.saving.register_keras_serializable`) or named by a

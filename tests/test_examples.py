@@ -192,7 +192,10 @@ def test_export_stores_gradients_of_simplernn(tmp_path):
     h = BPTTRNN(4, return_sequences=True)(x, initial_state=state)
     model = common.keras.Model([label, x], layers.Dense(2)(h))
     random = np.random.default_rng(0)
-    inputs = [np.array([3, 0], "int32"), random.normal(size=(2, 6, 3)).astype("float32")]
+    inputs = [
+        np.array([3, 0], "int32"),
+        random.normal(size=(2, 6, 3)).astype("float32"),
+    ]
     common.export(model, inputs, tmp_path / "model")
     stored = np.load(tmp_path / "model.npz")
     tf = common.tf
