@@ -108,8 +108,10 @@ def export(model, inputs, path):
         cotangents = random.normal(size=outputs.shape).astype("float32")
         target = tf.reduce_sum(outputs * cotangents)
     gradients = tape.gradient(target, weights, unconnected_gradients="zero")
+    # A SavedModel takes its own dtypes alone.
     arrays = inputs if isinstance(inputs, list) else [inputs]
-    found = {f"inputs_{i}": array for i, array in enumerate(arrays)}
+    pairs = enumerate(zip(arrays, model.inputs, strict=True))
+    found = {f"inputs_{i}": np.asarray(array, of.dtype) for i, (array, of) in pairs}
     found |= {"outputs": model(inputs), "cotangents": cotangents}
     # The gradient of an embedding comes as rows and their places.
     found |= {

@@ -126,7 +126,7 @@ def main():
         units=(64, "size of the hidden state"),
         smoke={"epochs": 1, "units": 16},
     )
-    digits = [(x / np.float32(16), y) for x, y in common.digits(args.seed)]
+    digits = [(x.astype("float32") / 16, y) for x, y in common.digits(args.seed)]
     scores, validation = {}, {}
     for name, features in FEATURES.items():
         keras.utils.set_random_seed(args.seed)

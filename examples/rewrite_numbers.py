@@ -273,7 +273,7 @@ def draw(results, path):
     score = results["scores"]["logistic regression"]
     shares.axhline(score, color="tab:red", linestyle="--", label="logistic regression")
     shares.set(xlabel="epoch", ylabel="validation: share without an error", ylim=(0, 1))
-    shares.set_title("One gradient, one curve, as far as rounding lets", loc="left")
+    shares.set_title("Learning", loc="left")
     shares.legend()
     example = results["example"]
     p = np.array(example["p"])
