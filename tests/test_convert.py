@@ -303,3 +303,66 @@ def test_what_preprocessing_has_adapted_to_is_copied():
         np.testing.assert_allclose(copy(inputs), model(inputs), atol=SAME)
         back = convert(copy, to=layers.SimpleRNN)
         np.testing.assert_allclose(back(inputs), model(inputs), atol=SAME)
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class Centred(layers.Layer):
+    """A layer of a user's own that makes another, and derives what it computes with."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = layers.Normalization(axis=None)
+        self.twice = self.add_weight(shape=(), initializer="zeros", trainable=False)
+        self.factor = 0.0
+
+    def build(self, shape):
+        if not self.scale.built:
+            self.scale.build(shape)
+
+    def call(self, x):
+        return self.factor * self.scale(x)
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        self.factor = 2.0 * float(self.twice)
+
+
+def test_state_that_is_derived_where_weights_load():
+    """In an order of attributes that the copy does not have."""
+    x = (5 + 3 * rng(6).normal(size=(B, T, D))).astype("float32")
+    own, scale = Centred(), layers.Normalization()
+    scale.adapt(x)
+    own.scale.adapt(x[..., :1])
+    own.twice.assign(0.7)
+    own.factor = 1.4
+    model = keras.Sequential(
+        [keras.Input((None, D)), own, scale, layers.SimpleRNN(H), layers.Dense(2)]
+    )
+    model.last, model.scale = model.layers[3], scale
+    model.not_called = layers.Normalization()
+    model.part = keras.Model(model.inputs, model.layers[1].output)
+    np.testing.assert_allclose(convert(model)(x), model(x), atol=SAME)
+
+
+def test_table_that_has_adapted_to_nothing():
+    words = layers.TextVectorization()
+    model = keras.Sequential([keras.Input((), dtype="string"), words])
+    model.add(layers.Embedding(9, D))
+    model.add(layers.SimpleRNN(H))
+    copy = convert(model)
+    assert type(copy.layers[-1]) is BPTTRNN
+    np.testing.assert_array_equal(copy.get_weights()[0], model.get_weights()[0])
+
+
+def test_what_fine_tuning_has_added_stays_apart():
+    """As weights of their own, which a file would merge with the kernel."""
+    model = model_of("plain")
+    model.layers[1].enable_lora(1)
+    random = rng(7)
+    model.set_weights([random.normal(size=w.shape) for w in model.get_weights()])
+    copy = convert(model)
+    if not copy.layers[1].lora_enabled:
+        pytest.skip("This Keras does not keep it in the configuration")
+    for ours, theirs in zip(copy.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(copy(data()), model(data()), atol=1e-5)
