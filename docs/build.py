@@ -1,7 +1,8 @@
 """Draws every figure again and writes what is generated of the pages (`make docs`).
 
 Measures and trains nothing: the numbers are those that lie beside the figures. New ones
-come from `make examples`, `make flow`, `make bench` and `python examples/memory_span.py`.
+come from `make examples`, `make flow`, `make bench` and, for docs/truncation,
+`python examples/memory_span.py --output-dir docs/truncation`.
 """
 
 import importlib

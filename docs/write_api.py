@@ -56,7 +56,7 @@ examples, `python docs/write_api.py` writes this page, and a test finds it out o
 def prepare(thing):
     """Make Markdown of what griffe would take for text, in all docstrings of a thing."""
     if thing.docstring:
-        text = thing.docstring.value
+        text = thing.docstring.value + "\n"
         # An example is a paragraph that begins with >>>.
         text = re.sub(
             r"^( *)(>>> (?:.+\n?)+)", r"\1```pycon\n\1\2\1```\n", text, flags=re.M

@@ -236,6 +236,8 @@ def parse_arguments():
             parser.error(f"{flag} must be a positive number. Received: {value}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in 0 ... 2**32 - 1. Received: {args.seed}")
+    if args.smoke and args.output_dir == pathlib.Path("saved_models"):
+        args.output_dir = pathlib.Path("build/examples")  # results of a whole run stay
     try:
         # Now, not after minutes of training.
         args.output_dir.mkdir(parents=True, exist_ok=True)

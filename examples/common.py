@@ -14,6 +14,8 @@ from sklearn.model_selection import train_test_split
 
 from keras_bptt import convert
 
+RESULTS, SMOKE = pathlib.Path("saved_models"), pathlib.Path("build/examples")
+
 
 def arguments(doc, smoke, **options):
     """The options of a script, from the command line.
@@ -32,8 +34,8 @@ def arguments(doc, smoke, **options):
         flag = "--" + name.replace("_", "-")
         add(flag, type=type(default), default=default, help=description)
     add("--seed", type=int, default=0, help="of weights and batches")
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for results")
-    add("--smoke", action="store_true", help="a run of seconds, to see that it works")
+    add("--output-dir", type=pathlib.Path, default=RESULTS, help="for results")
+    add("--smoke", action="store_true", help=f"a run of seconds, results in {SMOKE}")
     args = parser.parse_args()
     for name in options:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
@@ -41,6 +43,8 @@ def arguments(doc, smoke, **options):
             parser.error(f"{flag} must be a positive number. Received: {value}")
     if not 0 <= args.seed < 2**32 - 10:
         parser.error(f"--seed must be in 0 ... 2**32 - 11. Received: {args.seed}")
+    if args.smoke and args.output_dir == RESULTS:
+        args.output_dir = SMOKE  # the results of a whole run stay
     try:
         # Now, not after minutes of training.
         args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def main():
     model = build_model(args.units)
     twin = convert(model, to=keras.layers.SimpleRNN)  # with the same weights
     scores, validation = {}, {}
-    for name, network in ("BPTTRNN", model), ("SimpleRNN", twin):
+    for name, network in ("SimpleRNN", twin), ("BPTTRNN", model):
         print(f"\n{name}")
         validation[name], scores[name] = train(network, digits, args)
     (images, labels), _, test_digits = digits

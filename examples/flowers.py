@@ -88,7 +88,7 @@ def cross_validate(x, y, folds, args):
 
 
 def gradient_of_u(model, x):
-    """The largest entry of |dL/dU|: h_0 is 0, and so is h_0^T delta_1."""
+    """The norm of dL/dU: h_0 is 0, and so is h_0^T delta_1."""
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(model(x, training=True))
     return float(tf.norm(tape.gradient(loss, model.layers[1].cell.recurrent_kernel)))

@@ -132,7 +132,7 @@ def main():
         keras.utils.set_random_seed(args.seed)
         model = build_model(features, args.units)
         twin = convert(model, to=keras.layers.SimpleRNN)  # with the same weights
-        for layer, network in ("BPTTRNN", model), ("SimpleRNN", twin):
+        for layer, network in ("SimpleRNN", twin), ("BPTTRNN", model):
             key = f"{layer}, {name}"
             print(f"\n{key}")
             validation[key], scores[key] = train(network, name, digits, args)

@@ -5,13 +5,15 @@ all years before, and says what the next will be. It learns from 1700-1869; 1870
 when to stop; 1921-2008 are the test, forecast once, in order of time.
 
 Two hundred numbers are few for a network. Two things help. It computes with square roots,
-whose noise is much the same for low and high numbers. And as the cycles to come may be
-higher than all that were seen (they were), each window of years is scaled at random, in
-training and for validation.
+whose noise is much the same for low and high numbers. And cycles may come that are higher
+than all before, as happened from one century to the next: so each window of years is scaled
+at random, in training and for validation. (That they did come in the test years was known
+when this was written.)
 
-The score is the root of the mean squared error, in sunspots. The baselines too know only
-what was before 1921: the value of this year, the value 11 years before, and linear
-autoregressions on 9 years, of the numbers and, as the network has them, of their roots.
+The score is the root of the mean squared error, in sunspots, of the mean of three networks.
+The baselines are the value of this year, the value 11 years before, and linear
+autoregressions on 9 years, of the numbers and, as the network has them, of their roots;
+these are fitted to all years before 1921, the network's validation among them.
 
     python examples/sunspots.py            # two minutes
     python examples/sunspots.py --smoke    # seconds

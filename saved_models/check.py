@@ -41,6 +41,9 @@ def compare(path):
     gradients = tape.gradient(
         target, model.trainable_variables, unconnected_gradients="zero"
     )
+    number = sum(name.startswith("gradient_") for name in stored)
+    if number != len(gradients):
+        sys.exit(f"{path} has {len(gradients)} weights, and gradients of {number}.")
     return difference(outputs, stored["outputs"]), [
         difference(tf.convert_to_tensor(gradient), stored[f"gradient_{i}"])
         for i, gradient in enumerate(gradients)

@@ -123,7 +123,7 @@ def test_interface_page_is_that_of_the_docstrings(tmp_path):
     assert text.count(">>> ") == sum(
         block.count(">>> ") for block in re.findall(r"```pycon\n(.*?)```", text, re.S)
     )
-    assert "truncation=None" in text and "use_bias=True" in text
+    assert "````" not in text and "truncation=None" in text and "use_bias=True" in text
 
 
 @pytest.mark.slow
