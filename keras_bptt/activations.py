@@ -68,9 +68,20 @@ class Activation:
         u = tf.reshape(u, tf.shape(rows))
         return tf.reshape(vjp(self.function, (rows,), (u,))[0], tf.shape(z))
 
+    def called_with(self, dtype):
+        """The same f, for z of another dtype than the one the function is called with."""
+        if self.slope_of_output is not None:
+            return self  # a known one, of any dtype
+        return dataclasses.replace(self, function=_cast_around(self.function, dtype))
+
     def jvp(self, z, u):
         """J_f(z) u, as the transpose of the map `vjp`, which is linear in u."""
         return vjp(lambda u: self.vjp(z, u), (tf.zeros_like(u),), (u,))[0]
+
+
+@functools.lru_cache(maxsize=256)  # one function for each, which names cached graphs
+def _cast_around(function, dtype):
+    return lambda z: tf.cast(function(tf.cast(z, dtype)), z.dtype)
 
 
 def resolve(function: Callable, units: int, dtype: str) -> Activation:

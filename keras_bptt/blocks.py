@@ -22,8 +22,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.execution import within_xla
-from keras_bptt.loops import array, size_of, stack
-from keras_bptt.passes import where
+from keras_bptt.loops import array, stack
+from keras_bptt.tensors import filled, size_of
 
 # What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
 # quicker: between two of them one part of the batch waits for the products of another. But
@@ -200,17 +200,8 @@ def padded(x, blocks, axis=1):
     x = in_one_piece(x)
     if blocks.whole:
         return x
-    steps, number = size_of(x, axis), blocks.count * blocks.size
-    if within_xla():
-        # By places: where float64 rows of four lack a last step, what XLA makes of tf.pad
-        # on a CPU writes past its end (TensorFlow 2.21).
-        place = tf.range(number)
-        real = tf.reshape(place < steps, [-1] + [1] * (len(x.shape) - axis - 1))
-        return where(real, tf.gather(x, tf.minimum(place, steps - 1), axis=axis))
-    missing = number - steps
-    before = [[0, 0]] * axis
-    after = [[0, 0]] * (len(x.shape) - axis - 1)
-    return tf.pad(x, [*before, [0, missing], *after])
+    steps = size_of(x, axis)
+    return filled(x, blocks.count * blocks.size - steps, steps, axis)
 
 
 def cut(x, start, size, axis=1):

@@ -1,6 +1,6 @@
 """Join a forward and a backward computation: `tf.custom_gradient`, with its traps disarmed.
 
-The functions joined here hold the mathematics; this module holds none. Five facts about
+The functions joined here hold the mathematics; this module holds none. Six facts about
 TensorFlow shape it:
 
 * The tape must not record what happens inside the forward computation, else it keeps every
@@ -10,11 +10,15 @@ TensorFlow shape it:
   function the outputs are cut off from the arguments (above), so `backward` must use the
   *outer* outputs, the tensors that the decorated call gave back to its caller. With the
   inner ones second derivatives would be silently wrong.
-* A reloaded SavedModel hands in missing cotangents as zeros whose unknown dimensions are 1,
-  so cotangents are broadcast to their outputs' shapes.
+* A cotangent need not have its output's shape. A reloaded SavedModel hands in missing ones
+  as zeros whose unknown dimensions are 1; behind a `tf.gather` of examples they are
+  `tf.IndexedSlices`. So cotangents are made dense, of their outputs' shapes.
 * The gradient of a graph is built in another graph, its gradient in a third. A tensor of
   the first that is kept for use in the third is out of scope, so arguments are first made
   tensors of the graph at hand.
+* Several tapes around a `tf.function` make TensorFlow differentiate whatever the gradient
+  takes from the forward computation, loops that XLA compiled among it, though nobody asked.
+  So residuals leave it without a gradient.
 * Inside a `tf.function` a forward-mode tangent follows the operations of the decorated
   function, not its gradient, and would die silently at the `stop_gradient`.
 
@@ -57,6 +61,7 @@ def explicit(forward: Callable, backward: Callable) -> Callable:
         @tf.custom_gradient
         def operation(*args):
             outputs, residuals = forward(*map(tf.stop_gradient, args))
+            residuals = tf.nest.map_structure(cut_off, residuals)
 
             def grad(*cotangents):
                 # Only eager forward mode asks for the gradient before the call returns;
@@ -67,7 +72,7 @@ def explicit(forward: Callable, backward: Callable) -> Callable:
 
             return tuple(outputs), grad
 
-        outer.append(operation(*map(_local, args)))
+        outer.append(operation(*map(local, args)))
         return outer[0]
 
     return call
@@ -101,9 +106,7 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
     args = [arg for arg in args if arg is not None]
     _refuse_forward_mode(args)
     # Else a tape that watches what they were made of would record the loop.
-    constants = tf.nest.map_structure(
-        lambda t: None if t is None else tf.stop_gradient(t), constants
-    )
+    constants = tf.nest.map_structure(cut_off, constants)
 
     def forward(*args):
         return run(derivation.forward, options, constants, *_placed(given, args))
@@ -111,7 +114,7 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
     def gradients(args, outputs, residuals, cotangents):
         number = len(args)
         outputs = tuple(map(tf.stop_gradient, outputs))
-        known = tf.nest.map_structure(_local, constants)
+        known = tf.nest.map_structure(local, constants)
 
         def values(*tensors):
             args, cotangents = tensors[:number], tensors[number:]
@@ -153,7 +156,7 @@ def vjp(function: Callable, args, cotangents):
         return tape.gradient(outputs, args, cotangents, unconnected_gradients=zero)
     # No tape here: while a forward-mode accumulator transposes a gradient, tapes record
     # nothing.
-    args = list(map(_local, args))
+    args = list(map(local, args))
     return tf.gradients(
         function(*args), args, list(cotangents), unconnected_gradients=zero
     )
@@ -165,17 +168,33 @@ def _placed(given, tensors):
     return [next(tensors) if is_given else None for is_given in given]
 
 
-def _local(tensor):
+def local(tensor):
     """`tensor` as one of the graph that is being built."""
     if tensor is None or tf.executing_eagerly():
         return tensor
     return tf.identity(tensor)
 
 
+def cut_off(tensor):
+    """`tensor`, if it is one, without a gradient."""
+    return None if tensor is None else tf.stop_gradient(tensor)
+
+
 def _like(cotangent, output):
+    if isinstance(cotangent, tf.IndexedSlices):
+        return _dense(cotangent, output)
     if cotangent.shape.is_fully_defined() and cotangent.shape == output.shape:
         return cotangent
     return tf.broadcast_to(cotangent, tf.shape(output))
+
+
+def _dense(slices, output):
+    """The rows of an axis that were gathered, each as often as it was, added up."""
+    values = tf.cast(
+        slices.values, tf.float32 if output.dtype.size == 2 else output.dtype
+    )
+    dense = tf.math.unsorted_segment_sum(values, slices.indices, tf.shape(output)[0])
+    return tf.ensure_shape(tf.cast(dense, output.dtype), output.shape)
 
 
 def _refuse_forward_mode(tensors):

@@ -9,6 +9,9 @@ checkpoints h before each block, from which the backward pass computes the block
 pass may be compiled by XLA, and run for parts of the batch at the same time; the products
 are left to the graph, which multiplies faster on a CPU, and prunes dx where nobody asks for
 it (but for a loop over blocks, which computes all that it returns).
+
+Weights come in the dtype in which they are stored, and their gradients leave in it. All
+else is of the dtype of x.
 """
 
 import dataclasses
@@ -25,7 +28,6 @@ from keras_bptt.blocks import (
     walk,
 )
 from keras_bptt.execution import call, within_xla
-from keras_bptt.loops import size_of
 from keras_bptt.masks import masked_steps, processing_order, read_out, visible
 from keras_bptt.passes import (
     backward_pass,
@@ -34,7 +36,6 @@ from keras_bptt.passes import (
     project,
     to_batch_major,
     to_time_major,
-    where,
 )
 from keras_bptt.residuals import (
     computed_again,
@@ -42,9 +43,10 @@ from keras_bptt.residuals import (
     from_pieces,
     outputs_are_states,
 )
-from keras_bptt.scans import previous_states, sum_of_products
+from keras_bptt.scans import previous_states
 from keras_bptt.shards import joined, shards_of, split, summed
 from keras_bptt.sliding import rows_of, sliding_pass
+from keras_bptt.tensors import size_of, sum_of_products, total, where, wide
 from keras_bptt.windows import windows_pass
 
 
@@ -54,6 +56,7 @@ def forward(options, constants, x, W, U, h_0, b, V, c):
     It is kept as it comes: for each shard of the batch consecutive pieces or, with
     `checkpoint_every`, the states before the blocks (blocks, batch, units).
     """
+    W, U, b, V, c = _computed_in(x.dtype, W, U, b, V, c)
     count = shards_of(x, U, options.jit_compile)
     parts = [
         forward_of_shard(options, *shard, W, U, b, V, c)
@@ -124,13 +127,21 @@ def gradients(options, constants, kept, y, cotangents, x, W, U, h_0, b, V, c):
     """`backward`, given what was kept for each shard or, without any, h as one `y`."""
     count = len(kept) or shards_of(x, U, options.jit_compile)
     shards = split(count, (constants, x, h_0, y, *cotangents))
+    stored, weights = (W, U, b, V, c), _computed_in(x.dtype, W, U, b, V, c)
     parts = [
-        backward_of_shard(options, *shard, h, W, U, b, V, c)
+        backward_of_shard(options, *shard, h, *weights)
         for shard, h in zip(shards, kept or [None] * count, strict=True)
     ]
-    d_x, d_h_0, d_W, d_U, *d_others = zip(*parts, strict=True)
-    others = [None if d[0] is None else summed(d) for d in d_others]
-    return joined(d_x), summed(d_W), summed(d_U), joined(d_h_0), *others
+    d_x, d_h_0, *sums = zip(*parts, strict=True)
+    d_W, d_U, *others = (
+        None if w is None else summed(parts, w.dtype)
+        for w, parts in zip(stored, sums, strict=True)
+    )
+    return joined(d_x), d_W, d_U, joined(d_h_0), *others
+
+
+def _computed_in(dtype, *weights):
+    return [None if w is None else tf.cast(w, dtype) for w in weights]
 
 
 def backward_of_shard(options, constants, x, h_0, y, dy, ds, kept, W, U, b, V, c):
@@ -190,14 +201,18 @@ def backward_of_shard(options, constants, x, h_0, y, dy, ds, kept, W, U, b, V, c
         return (a, sums), [d_x if d is None else d * d_x]
 
     weights = {"W": W, "U": U, "b": b, "V": V}
-    sums = {name: tf.zeros_like(w) for name, w in weights.items() if w is not None}
+    sums = {
+        name: tf.zeros_like(w, wide(w.dtype))
+        for name, w in weights.items()
+        if w is not None
+    }
     walked = walk(block, (ds, sums), blocks, [W.shape[0]], reverse=True)
     (d_h_0, sums), (d_x,), _ = walked
     if run_back is sliding_pass:
-        d_h_0 = tf.reduce_sum(d_h_0, 0)
+        d_h_0 = tf.cast(total(d_h_0, 0), h_0.dtype)
     d_x = to_batch_major(in_one_piece(d_x))
     d_x = tf.reverse(d_x, [1]) if options.go_backwards else d_x
-    d_c = None if c is None else tf.reduce_sum(dy, [0, 1])
+    d_c = None if c is None else total(dy, [0, 1])
     return d_x, d_h_0, *map(sums.get, weights), d_c
 
 
@@ -217,7 +232,7 @@ def with_products(sums, delta, first, h, r, inputs, q):
         sums["W"] += sum_of_products(inputs(), delta)
     with tf.control_dependencies([sums["W"]]):
         if "b" in sums:
-            sums["b"] += tf.reduce_sum(delta, [0, 1])
+            sums["b"] += total(delta, [0, 1])
         if "V" in sums:
             sums["V"] += sum_of_products(h, q)
     return sums

@@ -21,6 +21,7 @@ from keras_bptt.output_layer import output_layer
 from keras_bptt.probe import recurrence_of
 from keras_bptt.recurrence import Constants, Recurrence
 from keras_bptt.truncation import RandomizedTruncation, policy
+from keras_bptt.weights import stored
 
 if keras.config.backend() != "tensorflow":
     raise ImportError(
@@ -348,11 +349,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         g, weights = self.output_layer, [cell.kernel, cell.recurrent_kernel, cell.bias]
         if g is not None and self.return_sequences:
             weights += [g.kernel, g.bias]
-        # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
-        # itself, which the gradient would read outside the scope that casts it.
-        W, U, *others = (
-            None if w is None else tf.convert_to_tensor(w) for w in weights
-        )
+        W, U, *others = stored(cell.dtype_policy, weights)
         x = tf.cast(sequences, cell.compute_dtype)
         y, state = recurrence_of(self, options, constants, x, W, U, h_0, *others)
         if not self.return_sequences:

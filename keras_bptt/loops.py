@@ -45,10 +45,7 @@ def scan(
         outputs = [None] * size
         for t in reversed(range(size)) if reverse else range(size):
             carry, outputs[t] = step(carry, *inputs(t))
-        if not stacked:
-            return carry, None
-        # Without a step (a single step has no link) there is nothing to stack.
-        return carry, tf.stack(outputs) if outputs else carry[None][:0]
+        return carry, tf.stack(outputs) if stacked else None
 
     like = carry if like is None else like
     steps = size if valid is None else valid
@@ -98,11 +95,6 @@ def at(t, *tensors):
 def batch_major_at(t, *tensors):
     """Step t of each tensor (batch, timesteps, ...); None stays None."""
     return [x if x is None else x[:, t] for x in tensors]
-
-
-def size_of(x, axis):
-    """A size of `x`, an integer where it is known."""
-    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
 
 
 def array(dtype, size, shape, run_time_shape):

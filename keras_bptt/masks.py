@@ -6,7 +6,8 @@ recurrence.
 
 import tensorflow as tf
 
-from keras_bptt.passes import for_units, where
+from keras_bptt.passes import for_units
+from keras_bptt.tensors import where
 
 
 def processing_order(options, x, mask):
@@ -42,7 +43,7 @@ def link_factors(options, constants):
     """The factors, 1 where a link comes from h_0: at the first unmasked step."""
     xi, mask = constants.factors, constants.mask
     if mask is None:
-        return tf.concat([tf.ones_like(xi[:, :1]), xi[:, 1:]], 1)
+        return tf.where(tf.range(tf.shape(xi)[1]) == 0, tf.ones_like(xi), xi)
     mask = tf.reverse(mask, [1]) if options.go_backwards else mask
     return tf.where(mask & (real_steps_up_to(mask) == 1), tf.ones_like(xi), xi)
 

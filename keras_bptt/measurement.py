@@ -15,9 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.execution import run as graphed
-from keras_bptt.loops import size_of
+from keras_bptt.explicit import cut_off
 from keras_bptt.masks import packing, processing_order
 from keras_bptt.probe import linearised, observed
+from keras_bptt.tensors import filled, size_of
 from keras_bptt.truncated import truncated_recurrence
 from keras_bptt.truncation import Truncation
 
@@ -66,7 +67,7 @@ class Recorder:
         # The output and the state may be one tensor, which would have both cotangents.
         outputs = tuple(map(tf.identity, outputs))
         self.tape.watch(outputs)
-        arguments = tf.nest.map_structure(_number, arguments)
+        arguments = tf.nest.map_structure(cut_off, arguments)
         self.calls.append(Call(layer, options, constants, arguments, outputs))
         return outputs
 
@@ -206,7 +207,7 @@ def _cotangents(options, constants, cotangents, *arguments):
     dy, ds = cotangents
 
     def of_last(t):
-        return tf.pad(t[:, None], [[0, 0], [size_of(x, 1) - 1, 0], [0, 0]])
+        return filled(t[:, None], size_of(x, 1) - 1, axis=1)
 
     return (dy if options.return_sequences else of_last(dy)) + of_last(ds)
 
@@ -291,7 +292,3 @@ def _norms(t):
     """
     norms = tf.norm(tf.cast(t, tf.float64), axis=-1)
     return tf.where(tf.math.is_nan(norms), tf.constant(np.inf, tf.float64), norms)
-
-
-def _number(t):
-    return None if t is None else tf.stop_gradient(t)

@@ -8,8 +8,9 @@ timesteps, ...), and read where it is; what a pass stacks is time-major, (timest
 
 import tensorflow as tf
 
-from keras_bptt.loops import at, batch_major_at, scan, size_of
+from keras_bptt.loops import at, batch_major_at, scan
 from keras_bptt.scans import clip_scale, states_step
+from keras_bptt.tensors import size_of, where
 
 
 def forward_pass(static, valid, U, h_0, z, mask, r):
@@ -110,11 +111,6 @@ def for_units(x):
     """`x` (batch, timesteps), the same for all units: (batch, timesteps, 1)."""
     # Of a mask of unknown sizes LiteRT takes no x[:, :, None].
     return None if x is None else tf.expand_dims(x, 2)
-
-
-def where(mask, x):
-    """x where the mask is true, else 0, whatever x is there."""
-    return x if mask is None or x is None else tf.where(mask, x, tf.zeros_like(x))
 
 
 def to_time_major(x):

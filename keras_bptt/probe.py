@@ -25,7 +25,7 @@ import math
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
-from keras_bptt.loops import size_of
+from keras_bptt.tensors import size_of
 from keras_bptt.truncated import truncated_recurrence
 
 _observer = contextvars.ContextVar("observer", default=None)

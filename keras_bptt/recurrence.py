@@ -33,6 +33,7 @@ derivatives of every order are exact, and the first pays nothing for them.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -41,8 +42,9 @@ from keras_bptt.activations import Activation
 from keras_bptt.explicit import Derivation, explicit_first_order
 from keras_bptt.fused import backward, forward
 from keras_bptt.masks import link_factors, processing_order, read_out
-from keras_bptt.passes import dropped, project, to_batch_major, to_time_major, where
+from keras_bptt.passes import dropped, project, to_batch_major, to_time_major
 from keras_bptt.scans import States, states
+from keras_bptt.tensors import one, size_of, where, wide
 from keras_bptt.truncation import Truncation
 
 
@@ -101,7 +103,8 @@ def recurrence(
         options: activation and modes.
         constants: mask and dropout factors.
         x: inputs (batch, timesteps, features).
-        W: kernel (features, units).
+        W: kernel (features, units). Weights may be of a wider dtype than x, as they are
+            stored; their gradients then are too.
         U: recurrent_kernel (units, units).
         h_0: initial_state (batch, units).
         b: bias (units,), or None.
@@ -119,6 +122,29 @@ def recurrence(
     return explicit_first_order(derivation, options, constants, x, W, U, h_0, b, V, c)
 
 
+def in_wide_numbers(composed):
+    """`composed`, for numbers of any dtype: in half precision its sums would lose most."""
+
+    @functools.wraps(composed)
+    def widened(options, constants, *arguments):
+        x, *_ = arguments
+        dtype = wide(x.dtype)
+        if dtype == x.dtype:
+            return composed(options, constants, *arguments)
+
+        def cast(t):
+            return tf.cast(t, dtype) if t is not None and t.dtype.is_floating else t
+
+        activation = options.activation.called_with(x.dtype)
+        options = dataclasses.replace(options, activation=activation)
+        constants, arguments = tf.nest.map_structure(cast, (constants, arguments))
+        outputs = composed(options, constants, *arguments)
+        return [tf.cast(y, x.dtype) for y in outputs]
+
+    return widened
+
+
+@in_wide_numbers
 def composed(options, constants, x, W, U, h_0, b, V, c):
     """The recurrence made of differentiable operations."""
     x, mask = processing_order(options, x, constants.mask)
@@ -132,4 +158,5 @@ def composed(options, constants, x, W, U, h_0, b, V, c):
     xi = None if xi is None else tf.transpose(xi)[:, :, None]
     h = states(options.states, z, U, h_0, m, constants.r, xi)
     shown = h if V is None else project(h, V, c)
-    return read_out(options, mask, to_batch_major(shown), h[-1], c)
+    last = one(h, size_of(h, 0) - 1)
+    return read_out(options, mask, to_batch_major(shown), last, c)

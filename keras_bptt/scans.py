@@ -2,13 +2,15 @@
 
     states        h_t = f(z_t + (r * h_{t-1}) U)
     adjoint_scan  v_t = e_t + S * v' + P * L(Q * v'),  v' = v_{t+1} (reverse) or v_{t-1}
+                  S, P, Q of the link between the two
 
 The backward pass of `states` is one `adjoint_scan`; the backward pass of an `adjoint_scan`
 is another one over the same links, in the other direction, with P and Q exchanged and L
 transposed. So the pair is closed under differentiation: derivatives of every order are
 scans, and TensorFlow never differentiates a loop. All tensors are time-major,
-(timesteps, batch, units); link t joins step t and step t + 1, so there is one link less
-than steps. `docs/bptt.md` derives the equations.
+(timesteps, batch, units). Link t joins step t and the one before it. The first, to h_0, is
+no part of `adjoint_scan`: it is there so that there are as many links as steps, and never
+none. `docs/bptt.md` derives the equations.
 """
 
 import dataclasses
@@ -18,7 +20,15 @@ import tensorflow as tf
 from keras_bptt.activations import Activation
 from keras_bptt.execution import run
 from keras_bptt.explicit import explicit, vjp
-from keras_bptt.loops import at, scan, size_of
+from keras_bptt.loops import at, scan
+from keras_bptt.tensors import (
+    one,
+    shifted,
+    size_of,
+    sum_of_products,
+    where,
+    widened,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +92,8 @@ def states(options: States, z, U, h_0, mask=None, r=None, factors=None):
 
 def previous_states(h, h_0, r=None):
     """r h_0, r h_1, ... r h_{T-1}: what each step multiplies by U."""
-    before = tf.concat([h_0[None], h[:-1]], 0)
+    first = tf.range(size_of(h, 0))[:, None, None] == 0
+    before = tf.where(first, h_0, tf.roll(h, 1, 0))
     return before if r is None else r * before
 
 
@@ -104,26 +115,28 @@ def _states_gradient(options, z, U, h_0, mask, r, factors, h, e):
     # The pre-activation at a masked step may be NaN (padding); it must not reach f'.
     pre = tf.where(real, z + tf.tensordot(before, U, 1), zero)
 
-    S = tf.cast(~real[1:], z.dtype)
+    S = tf.cast(~real, z.dtype)
     P = tf.ones_like(S) if r is None else r + tf.zeros_like(S)
-    P = P if factors is None else factors[1:] * P
+    P = P if factors is None else factors * P
     U_T = tf.transpose(U)
     if f.mixes:
-        Q = tf.cast(real[1:], z.dtype)
-        link, points = AdjointScan(True, f, unroll=options.unroll), [pre[1:]]
+        Q = tf.cast(real, z.dtype)
+        link, points = AdjointScan(True, f, unroll=options.unroll), [pre]
     else:
-        slope = tf.where(real, f.slope(pre, h), zero)
-        Q = slope[1:]
+        Q = slope = tf.where(real, f.slope(pre, h), zero)
         link, points = AdjointScan(True, unroll=options.unroll), []
     if most is not None:
-        numbers = map(tf.stop_gradient, (e, S, P, Q, U_T, real, *points))
-        s = run(clip_loop, (link, most), *numbers)
-        e, S, P = s * e, s[:-1] * S, s[:-1] * P
+        # Cut off: else TensorFlow differentiates the loop that makes it.
+        s = tf.stop_gradient(
+            run(clip_loop, (link, most), e, S, P, Q, U_T, real, *points)
+        )
+        e, S, P = s * e, shifted(s, 1) * S, shifted(s, 1) * P
     a = adjoint_scan(link, e, S, P, Q, U_T, *points)
     delta = f.vjp(pre, tf.where(real, a, zero)) if f.mixes else slope * a
-    back = tf.matmul(delta[0], U_T)
-    d_h_0 = tf.where(real[0], zero[0], a[0]) + (back if r is None else r * back)
-    return delta, sum_of_products(before, delta), d_h_0
+    back, a_1 = tf.matmul(one(delta, 0), U_T), one(a, 0)
+    d_h_0 = where(~real[0], a_1) + (back if r is None else r * back)
+    d_U = tf.cast(sum_of_products(before, delta), U.dtype)
+    return delta, d_U, d_h_0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,35 +173,37 @@ class AdjointScan:
 def adjoint_loop(options, e, S, P, Q, M, z=None):
     """The loop of `adjoint_scan`, without a gradient of its own."""
 
-    def step(v, e, S, P, Q, z):
-        v = e + S * v + P * options.apply(Q * v, M, z)
+    def through(v, S, P, Q, z):
+        return S * v + P * options.apply(Q * v, M, z)
+
+    def back(arrived, e, *link):
+        v = e + arrived
+        return through(v, *link), v
+
+    def forth(v, e, *link):
+        v = e + through(v, *link)
         return v, v
 
-    # The step at the start has no link before it: v = e.
-    first, rest = (e[-1], e[:-1]) if options.reverse else (e[0], e[1:])
-    _, v = scan(
-        step,
-        first,
-        lambda t: at(t, rest, S, P, Q, z),
-        size_of(rest, 0),
+    return scan(
+        back if options.reverse else forth,
+        tf.zeros_like(e[0]),
+        lambda t: at(t, e, S, P, Q, z),
+        size_of(e, 0),
         reverse=options.reverse,
         unroll=options.unroll,
-    )
-    return tf.concat([v, first[None]] if options.reverse else [first[None], v], 0)
+    )[1]
 
 
 def clip_loop(options, e, S, P, Q, M, real, z=None):
     """The scales s_t of the scan v_t = s_t (e_t + S v' + P L(Q v')), from the last step."""
     link, most = options
 
-    def step(v, e, S, P, Q, real, z):
-        v = e + S * v + P * link.apply(Q * v, M, z)
+    def step(arrived, e, S, P, Q, real, z):
+        v = e + arrived
         s = tf.where(real, clip_scale(v, most), tf.ones_like(v))
-        return s * v, s
+        v = s * v
+        return S * v + P * link.apply(Q * v, M, z), s
 
-    # A link before the first step, through which nothing comes.
-    S, P, Q = (tf.concat([t, tf.zeros_like(e[:1])], 0) for t in (S, P, Q))
-    z = None if z is None else tf.concat([z, tf.zeros_like(e[:1])], 0)
     return scan(
         step,
         tf.zeros_like(e[0]),
@@ -202,10 +217,11 @@ def clip_loop(options, e, S, P, Q, M, real, z=None):
 def clip_scale(a, most):
     """min(1, most / |a|), with |a| over the units of an example."""
     # By its largest number, whose square would not overflow.
-    largest = tf.reduce_max(tf.abs(a), -1, keepdims=True)
-    ratio = tf.math.divide_no_nan(a, largest)
+    numbers = widened(a)
+    largest = tf.reduce_max(tf.abs(numbers), -1, keepdims=True)
+    ratio = tf.math.divide_no_nan(numbers, largest)
     norm = largest * tf.norm(ratio, axis=-1, keepdims=True)
-    return tf.where(norm > most, most / norm, tf.ones_like(norm))
+    return tf.cast(tf.where(norm > most, most / norm, tf.ones_like(norm)), a.dtype)
 
 
 def adjoint_scan(options: AdjointScan, e, S, P, Q, M, *z):
@@ -214,9 +230,9 @@ def adjoint_scan(options: AdjointScan, e, S, P, Q, M, *z):
     Args:
         options: the direction and L.
         e: (timesteps, batch, units), what enters at each step.
-        S, P, Q: (timesteps - 1, batch, units), the coefficients of the links.
+        S, P, Q: (timesteps, batch, units), the coefficients of the links.
         M: (units, units), the matrix of L.
-        *z: (timesteps - 1, batch, units), where a mixing activation is linearised.
+        *z: (timesteps, batch, units), where a mixing activation is linearised.
 
     Returns:
         v (timesteps, batch, units). With cotangent c, w = adjoint_scan of c in the other
@@ -236,18 +252,12 @@ def adjoint_scan(options: AdjointScan, e, S, P, Q, M, *z):
 def _adjoint_gradient(options, v, c, e, S, P, Q, M, *z):
     transposed, M_T = options.transpose(), tf.transpose(M)
     w = adjoint_scan(transposed, c, S, Q, P, M_T, *z)
-    end, source = (w[:-1], v[1:]) if options.reverse else (w[1:], v[:-1])
+    end, source = (shifted(w, 1), v) if options.reverse else (w, shifted(v, 1))
     u, d_through = Q * source, P * end
     through = options.apply(u, M, *z)
     back = transposed.apply(d_through, M_T, *z)
     if z:
         d_L = vjp(lambda *args: options.apply(u, *args), (M, *z), (d_through,))
     else:
-        d_L = [sum_of_products(u, d_through)]
+        d_L = [tf.cast(sum_of_products(u, d_through), M.dtype)]
     return w, end * source, end * through, source * back, *d_L
-
-
-def sum_of_products(left, right):
-    """sum over steps and batch of left^T right, as one matrix product."""
-    flat = [tf.reshape(x, [-1, x.shape[-1]]) for x in (left, right)]
-    return tf.matmul(*flat, transpose_a=True)

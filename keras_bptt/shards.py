@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_bptt.blocks import LOOP_SIZE, USUAL_BATCH
 from keras_bptt.execution import cores, within_xla
-from keras_bptt.loops import size_of
+from keras_bptt.tensors import size_of, widened
 
 # Measured on two cores. Multiply-adds of a step above which XLA itself shares the product.
 SHARED_PRODUCT = 2**23
@@ -51,6 +51,6 @@ def joined(parts):
     return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
 
 
-def summed(parts):
-    """Their sum: what all parts add to the gradient of a weight."""
-    return parts[0] if len(parts) == 1 else tf.add_n(parts)
+def summed(parts, dtype):
+    """Their sum: what all parts add to the gradient of a weight, which is of this dtype."""
+    return tf.cast(tf.add_n([widened(part) for part in parts]), dtype)

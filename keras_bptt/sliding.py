@@ -9,13 +9,14 @@ next older one, and none goes on after k2 steps.
 
 import tensorflow as tf
 
-from keras_bptt.loops import at, batch_major_at, scan, size_of
+from keras_bptt.loops import at, batch_major_at, scan
 from keras_bptt.passes import adjoint_step
+from keras_bptt.tensors import filled, shifted, size_of, total, where
 
 
 def rows_of(truncation, ds):
     """What comes back to the last step in each window (windows, batch, units)."""
-    return tf.pad(ds[None], [[0, _windows(truncation) - 1], [0, 0], [0, 0]])
+    return filled(ds[None], _windows(truncation) - 1, 1)
 
 
 def sliding_pass(options, valid, U, rows, h, z, e, mask, r, last, real):
@@ -44,20 +45,19 @@ def sliding_pass(options, valid, U, rows, h, z, e, mask, r, last, real):
 
     def step(rows, h, z, e, m, later):
         block, done = later // k1, later % k1
-        older = tf.concat([tf.zeros_like(rows[:1]), rows[:-1]], 0)
-        new = tf.where(tf.equal(done, 0) & (later > 0), older, rows)
-        new = tf.where(age * k1 + done < k2, new, tf.zeros_like(new))
+        new = tf.where(tf.equal(done, 0) & (later > 0), shifted(rows, 1), rows)
+        new = where(age * k1 + done < k2, new)
         # Before its first real step all that an example has goes on to h_0.
         rows = new if m is None else tf.where(m, new, rows)
         entry = 0
         if options.adjoint_clipnorm is not None and m is not None:
             # As in `windows.py`: an example that one window holds has all its losses there.
             entry = tf.where(real <= k2, block, 0)
-        rows += tf.where(tf.equal(age, entry), e, tf.zeros_like(e))
+        rows += where(tf.equal(age, entry), e)
         flat = tf.reshape(rows, [-1, units])
         back, delta = adjoint(flat, each(h), each(z), None, each(m), None)
         back, delta = (tf.reshape(t, tf.shape(rows)) for t in (back, delta))
-        return back, tf.reduce_sum(delta, 0)
+        return back, tf.cast(total(delta, 0), delta.dtype)
 
     def inputs(t):
         return *at(t, h, z), *batch_major_at(t, e, mask), last - t

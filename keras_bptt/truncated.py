@@ -24,8 +24,7 @@ import tensorflow as tf
 
 from keras_bptt import fused
 from keras_bptt import recurrence as full
-from keras_bptt.explicit import Derivation, explicit_first_order
-from keras_bptt.loops import size_of
+from keras_bptt.explicit import Derivation, cut_off, explicit_first_order
 from keras_bptt.masks import (
     masked_steps,
     packing,
@@ -35,8 +34,8 @@ from keras_bptt.masks import (
     visible,
 )
 from keras_bptt.passes import project
-from keras_bptt.recurrence import Constants
-from keras_bptt.windows import at_most, filled_up
+from keras_bptt.recurrence import Constants, in_wide_numbers
+from keras_bptt.tensors import at_most, filled, one, part, placed, size_of
 
 
 def truncated_recurrence(options, constants, x, W, U, h_0, b=None, V=None, c=None):
@@ -79,11 +78,12 @@ def last_window(options, constants, x, W, U, h_0, b):
         before = constants._replace(mask=mask[:, :end])
         window = constants._replace(mask=mask[:, cut:])
         at_h_0 = masked_steps(mask) >= cut
-    numbers = map(_number, (x[:, :end], W, U, h_0, b))
+    numbers = map(cut_off, (x[:, :end], W, U, h_0, b))
     unkept = dataclasses.replace(_whole(options), keep_states=False)
     _, state = full.recurrence(unkept, before, *numbers)
-    start = tf.where(at_h_0, h_0, tf.stop_gradient(state))
-    return full.recurrence(_whole(options), window, x[:, cut:], W, U, start, b)
+    start = tf.where(at_h_0, h_0, cut_off(state))
+    x = part(x, cut, size_of(x, 1) - cut, axis=1)
+    return full.recurrence(_whole(options), window, x, W, U, start, b)
 
 
 def forward(options, constants, x, W, U, h_0, b, V, c):
@@ -120,6 +120,7 @@ def backward(options, constants, outputs, kept, cotangents, *arguments):
     )
 
 
+@in_wide_numbers
 def composed(options, constants, x, W, U, h_0, b, V, c):
     """The recurrence over all windows, made of differentiable operations."""
     policy, units = options.truncation, U.shape[0]
@@ -129,11 +130,11 @@ def composed(options, constants, x, W, U, h_0, b, V, c):
     # The window of the first block begins so many steps before the sequence.
     missing = n * policy.stride - steps + policy.steps - policy.stride
     h = full.composed(
-        _whole(options), constants, *map(_number, (x, W, U, h_0, b)), None, None
+        _whole(options), constants, *map(cut_off, (x, W, U, h_0, b)), None, None
     )
-    h = tf.stop_gradient(filled_up(states_of(options, mask, h[0], h_0), missing))
+    h = filled(cut_off(states_of(options, mask, h[0], h_0)), missing, axis=1)
     mask = tf.ones(tf.shape(x)[:2], tf.bool) if mask is None else mask
-    x, mask = filled_up(x, missing), filled_up(mask, missing)
+    x, mask = placed(x, missing, steps + missing, 1), filled(mask, missing, axis=1)
     first = tf.range(n) * policy.stride
 
     def windows(t):
@@ -148,9 +149,10 @@ def composed(options, constants, x, W, U, h_0, b, V, c):
     weights = W, U, starts, b, None, None
     y, last = full.composed(_whole(options), each, windows(x), *weights)
     y = tf.reshape(y, [-1, n, policy.steps, units])
-    last = tf.reshape(last, [-1, n, units])[:, -1]
-    of_blocks = tf.reshape(y[:, :, -policy.stride :], [-1, n * policy.stride, units])
-    of_blocks = of_blocks[:, n * policy.stride - steps :]
+    last = one(tf.reshape(last, [-1, n, units]), n - 1, axis=1)
+    of_blocks = part(y, policy.steps - policy.stride, policy.stride, axis=2)
+    of_blocks = tf.reshape(of_blocks, [-1, n * policy.stride, units])
+    of_blocks = part(of_blocks, n * policy.stride - steps, steps, axis=1)
 
     def shown(h):
         return h if V is None else project(h, V, c)
@@ -161,18 +163,14 @@ def composed(options, constants, x, W, U, h_0, b, V, c):
     whole = masked_steps(mask) - missing >= steps - policy.steps
     fill = steps - policy.steps
     fill = fill if isinstance(fill, int) else tf.maximum(fill, 0)
-    of_last = filled_up(y[:, -1], fill)[:, -steps:]
+    of_last = placed(one(y, n - 1, axis=1), fill, fill + policy.steps, axis=1)
+    of_last = part(of_last, fill + policy.steps - steps, steps, axis=1)
     return shown(tf.where(whole[..., None], of_last, of_blocks)), last
 
 
 def states_of(options, mask, y, h_0):
     """h, from the outputs: what they hide before the first real step is h_0."""
     return y if mask is None else tf.where(visible(options, mask), y, h_0[:, None])
-
-
-def _number(t):
-    """`t`, if it is one, without a gradient."""
-    return None if t is None else tf.stop_gradient(t)
 
 
 def _gathered(options, t, places):

@@ -16,9 +16,9 @@ import dataclasses
 
 import tensorflow as tf
 
-from keras_bptt.loops import size_of
 from keras_bptt.masks import masked_steps
 from keras_bptt.passes import steps_back
+from keras_bptt.tensors import at_most, filled, shifted, size_of, total, where, widened
 
 
 def windows_pass(options, valid, U, ds, h, z, e, mask, r, factors):
@@ -46,8 +46,8 @@ def windows_pass(options, valid, U, ds, h, z, e, mask, r, factors):
     elif mask is None and not at_most(missing, 0):
         # Before its first step, for windows to pass through to h_0.
         mask = tf.ones([batch, steps], tf.bool)
-    h, z = (filled_up(t, missing, place, axis=0) for t in (h, z))
-    e, mask = (filled_up(t, missing, place) for t in (e, mask))
+    h, z = (filled(t, missing, place) for t in (h, z))
+    e, mask = (filled(t, missing, place, axis=1) for t in (e, mask))
     before = masked_steps(mask)
     # A step of all blocks is read where it is: (n, batch, units) as n * batch rows.
     h, z = (
@@ -88,52 +88,31 @@ def windows_pass(options, valid, U, ds, h, z, e, mask, r, factors):
         # several would make a difference to what it is without its padding.
         one = n * k1 - before[:, 0] <= k2
         last = tf.range(n)[:, None] == n - 1 - i
-        return tf.where(rows(tf.where(one, last, tf.equal(i, 0))[..., None]), e_t, 0)
-
-    def into_block_before(a):
-        return tf.concat([a[batch:], tf.zeros_like(a[:batch])], 0)
+        return where(rows(tf.where(one, last, tf.equal(i, 0))[..., None]), e_t)
 
     def sent_to_h_0(a, size):
         """What has got to the first real step, `size` steps from the end of a block."""
         first = (tf.range(n)[:, None, None] + 1) * k1 - size
         a = tf.reshape(a, [n, batch, U.shape[0]])
-        return tf.reduce_sum(tf.where(first <= before, a, tf.zeros_like(a)), 0)
+        return total(where(first <= before, a), 0)
 
     def body(i, a, home, delta):
-        a, more = level(i, into_block_before(a), k1)
-        return i + 1, a, home + a[:batch], delta + more
+        a, more = level(i, shifted(a, -batch), k1)
+        return i + 1, a, home + widened(a[:batch]), delta + widened(more)
 
-    ends = tf.concat([tf.zeros([(n - 1) * batch, U.shape[0]], ds.dtype), ds], 0)
-    a, delta = level(0, ends, k1)
+    a, delta = level(0, filled(ds, (n - 1) * batch), k1)
     if levels == 1:
         home = sent_to_h_0(a, k1)
     else:
-        state = (1, a, a[:batch], delta)
+        state = (1, a, widened(a[:batch]), widened(delta))
         _, a, home, delta = tf.while_loop(lambda i, *_: i < levels - 1, body, state)
         # The last level may be shorter.
-        a, more = level(levels - 1, into_block_before(a), rest)
+        a, more = level(levels - 1, shifted(a, -batch), rest)
         home += sent_to_h_0(a, rest)
-        delta = tf.concat([delta[:-rest], delta[-rest:] + more], 0)
+        delta = tf.concat([delta[:-rest], delta[-rest:] + widened(more)], 0)
+    home, delta = tf.cast(home, ds.dtype), tf.cast(delta, ds.dtype)
     delta = tf.reshape(delta, [k1, n, batch, U.shape[0]])
     delta = tf.reshape(tf.transpose(delta, [1, 0, 2, 3]), [n * k1, batch, U.shape[0]])
     if at_most(missing, 0):
         return home, delta
     return home, tf.concat([delta[:place], delta[place + missing :]], 0)
-
-
-def filled_up(t, missing, place=0, axis=1):
-    """`t` with so many steps of zeros before that of this place."""
-    if t is None or at_most(missing, 0):
-        return t
-    before, after = (
-        (t[:place], t[place:]) if axis == 0 else (t[:, :place], t[:, place:])
-    )
-    sizes = [[0, 0]] * len(t.shape)
-    sizes[axis] = [missing, 0]
-    after = tf.pad(after, sizes)
-    return after if at_most(place, 0) else tf.concat([before, after], axis)
-
-
-def at_most(size, most):
-    """Whether a size is known to be no more than that."""
-    return isinstance(size, int) and size <= most

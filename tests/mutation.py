@@ -13,7 +13,7 @@ import keras_bptt
 
 # Lower modules first: each is executed again, on top of the copies before it.
 MODULES = tuple(
-    "execution explicit activations loops scans passes masks blocks shards windows "
+    "execution explicit tensors activations loops scans passes masks blocks shards windows "
     "sliding residuals fused recurrence truncated probe".split()
 )
 

@@ -16,10 +16,10 @@ MODULES = {path.stem: path for path in PACKAGE.glob("*.py")}
 # A module imports those of lower rank, and those before it in its own.
 RANKS = [
     ["reference", "truncated_reference", "truncation"],
-    ["execution", "explicit", "activations", "loops", "scans"],
+    ["execution", "explicit", "tensors", "activations", "loops", "scans"],
     ["passes", "masks", "blocks", "shards", "windows", "sliding"],
     ["residuals", "fused", "recurrence", "truncated", "probe"],
-    ["arguments", "output_layer", "layers"],
+    ["weights", "arguments", "output_layer", "layers"],
     ["conversion"],
     [
         "measurement",

@@ -768,8 +768,8 @@ MUTATIONS = [
     (
         "db of the last step",
         "fused",
-        "tf.reduce_sum(delta, [0, 1])",
-        "tf.reduce_sum(delta[-1], 0)",
+        "total(delta, [0, 1])",
+        "total(delta[-1], 0)",
     ),
     (
         "zero_output_for_mask of the last output",
@@ -870,8 +870,8 @@ SECOND_ORDER_MUTATIONS = [
     (
         "before is not shifted",
         "scans",
-        "before = tf.concat([h_0[None], h[:-1]], 0)",
-        "before = tf.concat([h_0[None], h[1:]], 0)",
+        "tf.where(first, h_0, tf.roll(h, 1, 0))",
+        "tf.where(first, h_0, tf.roll(h, -1, 0))",
     ),
     (
         "states of a later order without r",
