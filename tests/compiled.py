@@ -1,0 +1,103 @@
+"""What XLA compiles of the layer: the programs' operations, and the numbers they compute.
+
+Run as a process of its own, for a fault of a compiler may write into any memory of it:
+
+    XLA_FLAGS="--xla_dump_to=FOLDER --xla_dump_hlo_as_text" \
+        python tests/compiled.py FOLDER '[{"units": 4, "truncation": [2, 1], ...}, ...]'
+
+For each configuration it prints a line of JSON: the largest relative difference between the
+gradients with `jit_compile` and without, and the padding instructions of all programs that
+were compiled. Blocks are of their usual sizes.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt import BPTTRNN, Truncation
+
+# Of numbers of a layer. (TensorFlow's own gather of an example's steps pads its indices.)
+PAD = re.compile(r"= ((?:f|bf)\d+\S*) pad\(")
+
+
+def derivatives(configuration, jit_compile):
+    """Gradients of the first or second order by inputs, initial state and weights."""
+    call = {"batch": 1, "timesteps": 9, "order": 1, "whole": False, "unknown": False}
+    call |= {"masked": False, "dtype": "float64", "units": 4}
+    options = {k: v for k, v in configuration.items() if k not in call}
+    call |= {k: v for k, v in configuration.items() if k in call}
+    batch, steps, dtype = call["batch"], call["timesteps"], call["dtype"]
+    if isinstance(options.get("truncation"), list):
+        options["truncation"] = Truncation(*options["truncation"])
+    layer = BPTTRNN(
+        call["units"], dtype=dtype, jit_compile=jit_compile, **{"seed": 1} | options
+    )
+    layer.build((None, None, 3))
+    rng = np.random.default_rng(3)
+    layer.set_weights([rng.normal(0, 0.5, w.shape) for w in layer.get_weights()])
+    shape = (batch, steps, 3)
+    x = tf.constant(rng.normal(size=shape), dtype)
+    state = tf.constant(rng.normal(size=(batch, call["units"])), dtype)
+    mask = tf.constant(rng.random((batch, steps)) < 0.7) if call["masked"] else None
+    outputs = layer.compute_output_shape(shape)
+    cotangents = tf.constant(rng.normal(size=outputs), dtype)
+    variables = [v.value for v in layer.trainable_variables]
+
+    def gradients(x, state):
+        sources = [x, state, *variables]
+        with tf.GradientTape() as outer:
+            outer.watch([x, state])
+            with tf.GradientTape() as tape:
+                tape.watch([x, state])
+                y = layer(x, initial_state=state, mask=mask, training=True)
+                loss = tf.reduce_sum(cotangents * y)
+            found = tape.gradient(loss, sources)
+            if call["order"] == 1:
+                return found
+            value = tf.add_n([tf.reduce_sum(g * g) for g in found])
+        return outer.gradient(value, sources)
+
+    unknown = (None,) * 3 if call["unknown"] else shape
+    signature = [
+        tf.TensorSpec((*unknown[:2], 3), dtype),
+        tf.TensorSpec((unknown[0], call["units"]), dtype),
+    ]
+    whole = True if call["whole"] and jit_compile else None
+    function = tf.function(gradients, input_signature=signature, jit_compile=whole)
+    return [g.numpy() for g in function(x, state)]
+
+
+def programs(folder):
+    """The texts of what was compiled since the last call."""
+    paths = list(folder.iterdir())
+    ends = "after_optimizations.txt"
+    texts = [p.read_text(encoding="utf-8") for p in paths if p.name.endswith(ends)]
+    for path in paths:
+        path.unlink()
+    return texts
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1])
+    for configuration in json.loads(sys.argv[2]):
+        plain = derivatives(configuration, False)
+        programs(folder)  # some operations are compiled without the layer
+        compiled = derivatives(configuration, True)
+        texts = programs(folder)
+        pads = [
+            line.strip() for t in texts for line in t.splitlines() if PAD.search(line)
+        ]
+        error = max(
+            np.max(np.abs(c - p)) / np.max(np.abs(p))
+            for c, p in zip(compiled, plain, strict=True)
+        )
+        result = {"error": float(error), "programs": len(texts), "pads": pads}
+        print(json.dumps(configuration | result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
