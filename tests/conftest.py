@@ -10,10 +10,28 @@ import keras_bptt.blocks
 import keras_bptt.loops
 
 # So that a few steps are some blocks, or some and a shorter one, and some iterations.
-keras_bptt.blocks.NUMBERS = 1
-keras_bptt.blocks.FEWEST_STEPS = 3
-keras_bptt.blocks.COMPILED_SIZE = keras_bptt.blocks.LOOP_SIZE = 4
-keras_bptt.loops.STEPS_PER_ITERATION = 2
+SMALL = {
+    keras_bptt.blocks: {
+        "NUMBERS": 1,
+        "FEWEST_STEPS": 3,
+        "COMPILED_SIZE": 4,
+        "LOOP_SIZE": 4,
+    },
+    keras_bptt.loops: {"STEPS_PER_ITERATION": 2},
+}
+USUAL = {
+    module: {name: getattr(module, name) for name in SMALL[module]} for module in SMALL
+}
+for module, sizes in SMALL.items():
+    vars(module).update(sizes)
+
+
+@pytest.fixture
+def usual_sizes(monkeypatch):
+    """Blocks as users have them, for sequences as long as theirs."""
+    for module, sizes in USUAL.items():
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
 
 
 def pytest_configure(config):

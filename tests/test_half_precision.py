@@ -1,0 +1,236 @@
+"""Sums of thousands of half-precision numbers: as exact as SimpleRNN's, and as large.
+
+SimpleRNN adds the gradient of a weight step by step, in the dtype in which the weight is
+stored. So what it loses in float16 and bfloat16 is what single steps lose.
+"""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import MODES, few, rng
+
+from keras_bptt import BPTTRNN, Truncation
+
+pytestmark = pytest.mark.usefixtures("usual_sizes")
+
+B, D, H, OUTPUTS = 16, 3, 8, 5
+# Half the spacing of numbers next to 1.
+ROUNDING = {"mixed_float16": 2**-11, "mixed_bfloat16": 2**-8}
+
+CASES = {
+    "sequence": {},
+    "last output": {"return_sequences": False},
+    "output layer": {"output_units": OUTPUTS},
+    "checkpoints": {"checkpoint_every": 10},
+    "checkpoints, output layer": {"checkpoint_every": "sqrt", "output_units": OUTPUTS},
+    "chunks": {"truncation": 7},
+    "windows": {"truncation": Truncation(9, 3)},
+    "windows, output layer": {"truncation": Truncation(9, 3), "output_units": OUTPUTS},
+    "windows from checkpoints": {
+        "truncation": Truncation(4, 1),
+        "checkpoint_every": 10,
+    },
+    "mixing units": {"activation": "softmax"},
+    "slope of z": {"activation": "gelu"},
+    "recurrent dropout": {"recurrent_dropout": 0.3, "seed": 3},
+    "clipping": {"adjoint_clipnorm": 1e9},
+}
+OWN = ("output_units", "truncation", "checkpoint_every", "adjoint_clipnorm")
+
+
+def weights():
+    random = rng(3)
+    U = np.linalg.qr(random.normal(size=(H, H)))[0]
+    shapes = (H, OUTPUTS), (OUTPUTS,)
+    return [
+        random.normal(size=(D, H)) / 2,
+        0.9 * U,
+        random.normal(size=H) / 10,
+        *(random.normal(size=shape) for shape in shapes),
+    ]
+
+
+def gradients(layer_class, policy, mode, timesteps, options):
+    """Of 1024 times the mean of the outputs, as a scaled loss has them."""
+    options = {"return_sequences": True} | options
+    outputs = options.get("output_units")
+    layers = []
+    if layer_class is keras.layers.SimpleRNN:
+        options = {k: v for k, v in options.items() if k not in OWN}
+        if outputs:
+            layers = [keras.layers.Dense(outputs, dtype=policy)]
+    layers.insert(0, layer_class(H, dtype=policy, **options))
+    model = keras.Sequential([keras.Input((None, D), dtype="float32"), *layers])
+    model.set_weights(weights()[: 5 if outputs else 3])
+    x = rng().normal(size=(B, timesteps, D)).astype("float16").astype("float32")
+
+    def run(x):
+        with tf.GradientTape() as tape:
+            y = model(x, training=True)
+            loss = 1024 * tf.reduce_mean(tf.cast(y, tf.float32))
+        return tape.gradient(loss, [v.value for v in model.trainable_variables])
+
+    return [g.numpy() for g in MODES[mode](run)(tf.constant(x))]
+
+
+def errors(got, expected):
+    return [
+        np.linalg.norm(g - e) / np.linalg.norm(e)
+        for g, e in zip(got, expected, strict=True)
+    ]
+
+
+def check(case, policy, mode, timesteps):
+    """No gradient is off by more than twice what SimpleRNN's is.
+
+    Or than a rounding, where the errors of single steps happen to cancel there.
+    """
+    options = CASES[case]
+    host = keras.layers.SimpleRNN
+    own = {} if "recurrent_dropout" in options else {"truncation", "adjoint_clipnorm"}
+    without = {k: v for k, v in options.items() if k not in own}
+    theirs = errors(
+        gradients(host, policy, "graph", timesteps, without),
+        gradients(host, "float32", "graph", timesteps, without),
+    )
+    ours = errors(
+        gradients(BPTTRNN, policy, mode, timesteps, options),
+        gradients(BPTTRNN, "float32", "graph", timesteps, options),
+    )
+    assert max(theirs) < 0.1
+    for our, their in zip(ours, theirs, strict=True):
+        assert our <= 2 * max(their, ROUNDING[policy]), (ours, theirs)
+
+
+DEFAULT = [
+    ("sequence", "mixed_float16", "graph"),
+    ("windows, output layer", "mixed_float16", "xla"),
+    ("checkpoints", "mixed_bfloat16", "eager"),
+]
+
+
+@pytest.mark.parametrize(("case", "policy", "mode"), DEFAULT)
+def test_some_thousand_steps(case, policy, mode):
+    check(case, policy, mode, 2000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("policy", ROUNDING)
+def test_ten_thousand_steps(case, policy, mode):
+    if "recurrent dropout" in case and mode == "xla":
+        pytest.skip("XLA draws other masks from the same seed")
+    check(case, policy, mode, 10_000)
+
+
+# --- Sums that are known: delta_t = 64 at each step, from outputs that are z_t
+
+
+def constant_gradients(policy, mode, timesteps=300, **options):
+    """Of a linear layer without a recurrence, whose every cotangent is 64."""
+    layer = BPTTRNN(H, "linear", return_sequences=True, dtype=policy, **options)
+    layer.build((None, None, D))
+    layer.set_weights([np.zeros(w.shape) for w in layer.get_weights()])
+    if layer.output_layer is not None:
+        layer.output_layer.kernel.assign(np.eye(H, OUTPUTS))
+    x = tf.ones((B, timesteps, D), layer.compute_dtype)
+
+    def run(x):
+        with tf.GradientTape() as tape:
+            loss = 64 * tf.reduce_sum(layer(x, training=True))
+        return tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    names = [v.path.rpartition("/")[2] for v in layer.trainable_variables]
+    return dict(zip(names, MODES[mode](run)(x), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    few(
+        itertools.product(
+            [{}, {"truncation": Truncation(3, 1)}, {"checkpoint_every": 7}], MODES
+        ),
+        lambda options, mode: mode == ("xla" if "truncation" in options else "graph"),
+    ),
+)
+def test_sums_beyond_float16(options, mode):
+    """64 B T = 307,200 is more than float16 holds, 65,504; the stored weight holds it."""
+    got = constant_gradients("mixed_float16", mode, **options)
+    for name in ("kernel", "bias"):
+        assert got[name].dtype == tf.float32
+        np.testing.assert_array_equal(got[name], np.full(got[name].shape, 64 * B * 300))
+
+
+def test_sums_beyond_float16_in_the_output_layer():
+    got = constant_gradients("mixed_float16", "graph", output_units=OUTPUTS)
+    np.testing.assert_array_equal(got["bias"], np.full(OUTPUTS, 64 * B * 300))
+
+
+@pytest.mark.parametrize("options", [{}, {"truncation": Truncation(3, 1)}])
+def test_sums_are_rounded_once(options):
+    """Where weights are stored in half precision too: 64 * 16 * 63 = 64,512 is exact."""
+    got = constant_gradients("float16", "graph", 63, **options)
+    assert got["bias"].dtype == tf.float16
+    np.testing.assert_array_equal(got["bias"], np.full(H, 64 * B * 63))
+
+
+@pytest.mark.parametrize(
+    "mode", few([(mode,) for mode in MODES], lambda m: m == "graph")
+)
+def test_an_example_that_is_taken_many_times(mode):
+    """4096 cotangents of 1 add up to 4096, where float16 stops at 2048."""
+    layer = BPTTRNN(H, "linear", dtype="mixed_float16")
+    state = tf.zeros((2, H), tf.float16)
+
+    def run(x, state):
+        with tf.GradientTape() as tape:
+            tape.watch(state)
+            y = layer(x, initial_state=state, training=True)
+            y = tf.gather(y, tf.zeros(4096, tf.int32))
+        return tape.gradient(y, state)
+
+    layer.build((2, 1, D))
+    layer.cell.recurrent_kernel.assign(np.eye(H))
+    got = MODES[mode](run)(tf.zeros((2, 1, D), tf.float16), state)
+    np.testing.assert_array_equal(got, [[4096] * H, [0] * H])
+
+
+# --- Derivatives of higher order
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    few(
+        itertools.product(
+            [{}, {"activation": "softmax"}, {"activation": lambda z: tf.sin(z)}], MODES
+        ),
+        lambda options, mode: (options, mode) == ({}, "graph"),
+    ),
+)
+def test_second_derivatives(options, mode):
+    """A gradient penalty, whose derivatives are sums over steps as well."""
+
+    def penalties(policy):
+        layer = BPTTRNN(H, return_sequences=True, dtype=policy, **options)
+        layer.build((None, None, D))
+        layer.cell.set_weights(weights()[:3])
+
+        def run(x):
+            with tf.GradientTape() as outer:
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    y = layer(x, training=True)
+                    loss = tf.reduce_sum(tf.cast(y, tf.float32) ** 2)
+                d_x = tf.cast(tape.gradient(loss, x), tf.float32)
+                penalty = tf.reduce_sum(d_x**2)
+            return outer.gradient(penalty, [v.value for v in layer.trainable_variables])
+
+        x = rng().normal(size=(B, 300, D)).astype("float16").astype("float32")
+        return [g.numpy() for g in MODES[mode](run)(tf.constant(x))]
+
+    found = errors(penalties("mixed_bfloat16"), penalties("float32"))
+    # What enters, y and d_x, has been rounded: some roundings, of either sign.
+    assert max(found) <= 10 * ROUNDING["mixed_bfloat16"], found
