@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.explicit import vjp
+from keras_bptt.tensors import widened
 
 # f' as a function of h = f(z), with the conventions of TensorFlow's own gradients at kinks.
 # Only functions whose f'(h) is as accurate as f'(z) stand here; softsign's is not.
@@ -60,6 +61,10 @@ class Activation:
         if self.slope_of_output is not None:
             return self.slope_of_output(h)
         return self.vjp(z, tf.ones_like(z))
+
+    def vjp_at_output(self, h, u):
+        """f'(z) u, where h = f(z) tells the slope; rounded once, as TensorFlow does it."""
+        return tf.cast(self.slope_of_output(widened(h)) * widened(u), u.dtype)
 
     def vjp(self, z, u):
         """J_f(z)^T u, the vector-Jacobian product, for z and u (..., units)."""

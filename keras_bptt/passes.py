@@ -87,7 +87,7 @@ def adjoint_step(options, U, r):
     def step(carry, h, z, e, m, xi):
         a = carry if e is None else e + carry
         inward = where(m, a if r_max is None else a * clip_scale(a, r_max))
-        delta = inward * f.slope_of_output(h) if z is None else f.vjp(z, inward)
+        delta = f.vjp_at_output(h, inward) if z is None else f.vjp(z, inward)
         back = tf.matmul(delta, U_T)
         back = back if r is None else r * back
         back = back if xi is None else xi * back

@@ -652,8 +652,8 @@ MUTATIONS = [
     (
         "slope of the adjoint",
         "passes",
-        "f.slope_of_output(h)",
-        "f.slope_of_output(a)",
+        "f.vjp_at_output(h, inward)",
+        "f.vjp_at_output(a, inward)",
     ),
     ("Jacobian at the adjoint", "passes", "f.vjp(z, inward)", "f.vjp(a, inward)"),
     (

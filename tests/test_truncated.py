@@ -1002,7 +1002,7 @@ MUTATIONS = [
         "clip delta, not its recurrence",
         "passes",
         "back = tf.matmul(delta, U_T)",
-        "back = tf.matmul(a * f.slope_of_output(h), U_T)",
+        "back = tf.matmul(f.vjp_at_output(h, a), U_T)",
     ),
     (
         "factors",
