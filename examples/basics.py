@@ -1,10 +1,59 @@
-"""What all examples share: a folder for what they write."""
+"""What all examples share: a quiet start of TensorFlow, and a folder for what they write.
 
+Import it first: it imports TensorFlow.
+"""
+
+import contextlib
+import importlib
 import math
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 
 # Git ignores build/: a clean clone stays clean, whatever example runs in it.
 OUTPUT = pathlib.Path("build/examples")
+
+# What TensorFlow says on its start where nothing is wrong: information, that there is no
+# driver of NVIDIA (error 303), and, up to 2.20, that it registers some things twice.
+START_UP = (
+    r"^WARNING: All log messages before absl::InitializeLog"
+    r"|^I[0-9]{4} |^[-0-9]+ [:.0-9]+: I "
+    r"|failed call to cuInit: .*UNKNOWN ERROR \(303\)"
+    r"|Unable to register cu[A-Z]+ factory|computation placer already registered"
+)
+
+
+@contextlib.contextmanager
+def without(pattern):
+    """Leaves out lines of stderr that match, whoever writes them; all others are shown.
+
+    By a process that outlives this one, lest the reason be lost where this one aborts.
+    """
+    sieve = ["grep", "--line-buffered", "-Ev", pattern]
+    shown = os.dup(2)
+    with subprocess.Popen(sieve, stdin=subprocess.PIPE, stdout=shown) as process:
+        os.dup2(process.stdin.fileno(), 2)
+        process.stdin.close()
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
+def start():
+    """Imports TensorFlow quietly, unless TF_CPP_MIN_LOG_LEVEL=0 (or 1) asks for more.
+
+    The variable alone does not do: TensorFlow reads it after its libraries have spoken.
+    """
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet = level not in ("0", "1") and shutil.which("grep")
+    with without(START_UP) if quiet else contextlib.nullcontext():
+        tf = importlib.import_module("tensorflow")
+        tf.config.list_physical_devices()  # asks the driver of the GPU
 
 
 def add_output(parser, smoke):
@@ -30,3 +79,6 @@ def check_positive(parser, args):
         if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} must be a positive number. Received: {value}")
+
+
+start()
