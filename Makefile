@@ -95,7 +95,7 @@ lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed-dev  ## Put style and formatting right; changes the code
+format: $(VENV)/.installed-dev  ## Put style and formatting right; overwrites the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
