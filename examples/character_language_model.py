@@ -256,7 +256,8 @@ def main():
     validation_windows = cut_windows(ids[validation:split], args.window)
     heldout_windows = cut_windows(ids[split:], args.window)
     python = ".".join(map(str, sys.version_info[:2]))
-    print(f"Text: {len(ids):,} characters, {len(alphabet)} different, Python {python}")
+    print(f"Text: the reference of Python {python}, {len(ids):,} characters,")
+    print(f"{len(alphabet)} different. Two networks learn to predict the next one.\n")
 
     keras.utils.set_random_seed(args.seed)
     model = build_model(BPTTRNN(args.units, return_sequences=True), len(alphabet))
