@@ -27,10 +27,13 @@ START_UP = (
 
 @contextlib.contextmanager
 def without(pattern):
-    """Leaves out lines of stderr that match, whoever writes them; all others are shown.
+    """Leaves out lines of stderr that match, where there is grep; all others are shown.
 
     By a process that outlives this one, lest the reason be lost where this one aborts.
     """
+    if not shutil.which("grep"):
+        yield
+        return
     sieve = ["grep", "--line-buffered", "-Ev", pattern]
     shown = os.dup(2)
     with subprocess.Popen(sieve, stdin=subprocess.PIPE, stdout=shown) as process:
@@ -50,8 +53,8 @@ def start():
     The variable alone does not do: TensorFlow reads it after its libraries have spoken.
     """
     level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    quiet = level not in ("0", "1") and shutil.which("grep")
-    with without(START_UP) if quiet else contextlib.nullcontext():
+    talkative = level in ("0", "1")
+    with contextlib.nullcontext() if talkative else without(START_UP):
         tf = importlib.import_module("tensorflow")
         tf.config.list_physical_devices()  # asks the driver of the GPU
 

@@ -105,7 +105,7 @@ def compare(args):
     sys.modules["keras_bptt"] = sys.modules["keras"] = None
     stored, differences = np.load(args.output_dir / "saved_model.npz"), {}
     for name in LAYERS:
-        # TensorFlow warns of second derivatives, which it does not save. The first are there.
+        # TensorFlow warns of second derivatives, which it does not save; the first it does.
         with basics.without("with ops with unsaved custom gradients"):
             model = tf.saved_model.load(args.output_dir / name)
         found = results(model.serve, model.trainable_variables, args.updates)
