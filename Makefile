@@ -24,19 +24,22 @@ help:  ## List the commands
 		| awk -F '|' '{ printf "%-26s%s\n", $$1, $$2 }'
 	@echo "Another Python than python3: make PYTHON=python3.12 demo"
 
-demo: $(VENV)/.installed  ## Train, compare, sample and save a language model (minutes)
+demo: $(VENV)/.installed-plot  ## Train, compare, sample and save a language model (minutes)
 	$(BIN)/python examples/character_language_model.py
 
 flow: $(VENV)/.installed-examples  ## See gradients vanish and explode, draw a figure (minutes)
-	$(BIN)/python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
+	$(BIN)/python examples/vanishing_and_exploding.py
 
-# The kinds of RNN; make demo has the language model.
-KINDS := flowers draw_digits read_digits sunspots rewrite_numbers
+# Of git's own files these write some, and say so: examples, docs, bench, accelerators,
+# format. What the others write is ignored by git, and removed by make clean.
+KINDS := character_language_model flowers draw_digits read_digits sunspots rewrite_numbers
 
-examples: $(VENV)/.installed-examples demo  ## Train the kinds of RNN, write saved_models (a quarter of an hour)
-	@set -e; for kind in $(KINDS); do $(BIN)/python examples/$$kind.py; done
+examples: $(VENV)/.installed-examples  ## Train the kinds of RNN; overwrites saved_models (a quarter of an hour)
+	@set -e; for kind in $(KINDS); do \
+		$(BIN)/python examples/$$kind.py --output-dir saved_models; \
+	done
 
-docs: $(VENV)/.installed-test  ## Draw every figure again, write tables and docs/api.md
+docs: $(VENV)/.installed-test  ## Draw every figure again; overwrites figures, tables, docs/api.md
 	$(BIN)/python docs/build.py
 
 # File by file in two processes: most of a test's time is TensorFlow tracing a graph, on
@@ -68,7 +71,7 @@ doctest: $(VENV)/.installed-test  ## Run the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules keras_bptt || [ $$? -eq 5 ]
 
 examples-smoke: $(VENV)/.installed-examples  ## Run every example in its short form
-	@set -e; for example in $(filter-out examples/common.py,$(wildcard examples/*.py)); do \
+	@set -e; for example in $(filter-out %/basics.py %/common.py,$(wildcard examples/*.py)); do \
 		output=$$(mktemp -d); \
 		echo "$$example --smoke"; \
 		$(BIN)/python $$example --smoke --output-dir "$$output"; \
@@ -76,10 +79,10 @@ examples-smoke: $(VENV)/.installed-examples  ## Run every example in its short f
 	done
 
 # PyTorch and JAX take part where they are installed: .venv/bin/pip install --editable '.[peers]'
-bench: $(VENV)/.installed-benchmarks  ## Measure speed and memory, write docs/performance
+bench: $(VENV)/.installed-benchmarks  ## Measure speed and memory; overwrites docs/performance (an hour)
 	$(BIN)/python benchmarks/report.py
 
-accelerators: $(VENV)/.installed $(ACCELERATORS)/.installed  ## Compile for TPUs without one, write docs/deploying
+accelerators: $(VENV)/.installed $(ACCELERATORS)/.installed  ## Compile for TPUs without one; overwrites docs/deploying
 	$(BIN)/python benchmarks/accelerators/export.py build/accelerators
 	$(ACCELERATORS)/bin/python benchmarks/accelerators/compile.py build/accelerators --write
 
@@ -92,7 +95,7 @@ lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed-dev  ## Put style and formatting right
+format: $(VENV)/.installed-dev  ## Put style and formatting right; overwrites the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -107,10 +110,15 @@ package: dist  ## Install the wheel in an empty environment, and train there
 	.venv-wheel/bin/python -m pip install --quiet dist/*.whl
 	.venv-wheel/bin/python tests/wheel.py dist/*.whl
 
-clean:  ## Remove the environments, caches, builds and what examples wrote
-	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	git clean -dfXq saved_models || true
+# Of saved_models what make examples wrote and git does not keep; not what others put there.
+clean:  ## Remove environments, caches and build/, trained models and all; says what
+	@for each in $(wildcard $(VENV) .venv-* build dist *.egg-info .pytest_cache .ruff_cache \
+			.hypothesis); do \
+		echo "Removing $$each"; rm -rf "$$each"; \
+	done
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +; echo "Removing __pycache__"
+	@! git rev-parse --git-dir >/dev/null 2>&1 || git clean -dfX -- \
+		$(foreach kind,$(KINDS),$(addprefix saved_models/$(kind),/ .keras .npz))
 
 # One stamp for each set of packages, older than setup.cfg only where that changed.
 $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS) | $(BIN)/python

@@ -1,8 +1,10 @@
 """Draws every figure again and writes what is generated of the pages (`make docs`).
 
 Measures and trains nothing: the numbers are those that lie beside the figures. New ones
-come from `make examples`, `make flow`, `make bench` and, for docs/truncation,
-`python examples/memory_span.py --output-dir docs/truncation`.
+come from `make examples` and `make bench`, and from
+
+    python examples/memory_span.py --output-dir docs/truncation
+    python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
 """
 
 import importlib

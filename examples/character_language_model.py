@@ -17,12 +17,12 @@ little from one Python version to the next, and so does the score.
 import argparse
 import json
 import math
-import pathlib
 import subprocess
 import sys
 import time
 from pydoc_data.topics import topics
 
+import basics
 import keras
 import numpy as np
 import tensorflow as tf
@@ -92,13 +92,16 @@ def build_model(recurrent_layer, vocabulary_size, batch_shape=(None, None)):
 
 
 class EpochClock(keras.callbacks.Callback):
-    """Takes the time at the beginning of training and at the end of every epoch."""
+    """Takes the time of every epoch, and prints a line of it."""
 
     def on_train_begin(self, logs=None):
         self.times = [time.perf_counter()]
+        print(f"{'epoch':<8}{'bits per validation character':>30}{'seconds':>10}")
 
     def on_epoch_end(self, epoch, logs=None):
         self.times.append(time.perf_counter())
+        bits, seconds = logs["val_loss"] / math.log(2), np.diff(self.times)[-1]
+        print(f"{epoch + 1:<8}{bits:>30.3f}{seconds:>10.1f}", flush=True)
 
     def typical_epoch(self):
         """Median seconds; the first epoch, which also traces, counts only if alone."""
@@ -132,6 +135,7 @@ def train(model, train_windows, validation_windows, args):
         ),
         epochs=args.epochs,
         shuffle=False,  # the batches are
+        verbose=0,
         callbacks=[
             clock,
             keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True),
@@ -193,12 +197,14 @@ def save_and_reload(model, characters, output_dir):
 
 
 def draw(results, path):
-    """Learning curves of both layers, beside what counting pairs of characters gives."""
+    """Learning curves of both layers, beside what counting pairs of characters gives.
+
+    Returns where they are, in words.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("No figure: matplotlib is not installed.")
-        return
+        return "not drawn, for matplotlib is not installed: pip install matplotlib"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, style in ("BPTTRNN", "-"), ("SimpleRNN", "k:"):
@@ -212,6 +218,7 @@ def draw(results, path):
     axes.set_title("A language model of the Python reference", loc="left")
     axes.legend()
     figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path
 
 
 def parse_arguments():
@@ -227,22 +234,12 @@ def parse_arguments():
     add("--learning-rate", type=float, default=3e-3, help="at the first step")
     add("--temperature", type=float, default=0.7, help="of the generated text")
     add("--seed", type=int, default=0, help="of weights, batches and generated text")
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for the model")
-    add("--smoke", action="store_true", help="16 units, window 20, 1 epoch, 20 kB text")
+    basics.add_output(parser, smoke="16 units, window 20, 1 epoch, 20 kB text")
     args = parser.parse_args()
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in 0 ... 2**32 - 1. Received: {args.seed}")
-    if args.smoke and args.output_dir == pathlib.Path("saved_models"):
-        args.output_dir = pathlib.Path("build/examples")  # results of a whole run stay
-    try:
-        # Now, not after minutes of training.
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     if args.smoke:
         args.units, args.window, args.epochs = 16, 20, 1
     return args
@@ -259,7 +256,8 @@ def main():
     validation_windows = cut_windows(ids[validation:split], args.window)
     heldout_windows = cut_windows(ids[split:], args.window)
     python = ".".join(map(str, sys.version_info[:2]))
-    print(f"Text: {len(ids):,} characters, {len(alphabet)} different, Python {python}")
+    print(f"Text: the reference of Python {python}, {len(ids):,} characters,")
+    print(f"{len(alphabet)} different. Two networks learn to predict the next one.\n")
 
     keras.utils.set_random_seed(args.seed)
     model = build_model(BPTTRNN(args.units, return_sequences=True), len(alphabet))
@@ -303,7 +301,7 @@ def main():
         "validation": {"BPTTRNN": curve, "SimpleRNN": simple_curve},
     }
     path.write_text(json.dumps(results) + "\n")
-    draw(results, path.with_suffix(".png"))
+    print(f"\nLearning curves: {draw(results, path.with_suffix('.png'))}")
     print("\nSaved and loaded again:")
     save_and_reload(model, heldout_windows[0][:8], args.output_dir)
 

@@ -1,11 +1,10 @@
-"""What the examples of the five kinds share: their options, and what they leave behind."""
+"""What the examples of five kinds share: options, digits, and what they leave behind."""
 
 import argparse
 import json
-import math
-import pathlib
 import time
 
+import basics
 import keras
 import numpy as np
 import tensorflow as tf
@@ -13,8 +12,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from keras_bptt import convert
-
-RESULTS, SMOKE = pathlib.Path("saved_models"), pathlib.Path("build/examples")
 
 
 def arguments(doc, smoke, **options):
@@ -34,22 +31,12 @@ def arguments(doc, smoke, **options):
         flag = "--" + name.replace("_", "-")
         add(flag, type=type(default), default=default, help=description)
     add("--seed", type=int, default=0, help="of weights and batches")
-    add("--output-dir", type=pathlib.Path, default=RESULTS, help="for results")
-    add("--smoke", action="store_true", help=f"a run of seconds, results in {SMOKE}")
+    basics.add_output(parser, smoke="a run of seconds")
     args = parser.parse_args()
-    for name in options:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        if not 0 < value < math.inf:
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if not 0 <= args.seed < 2**32 - 10:
         parser.error(f"--seed must be in 0 ... 2**32 - 11. Received: {args.seed}")
-    if args.smoke and args.output_dir == RESULTS:
-        args.output_dir = SMOKE  # the results of a whole run stay
-    try:
-        # Now, not after minutes of training.
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     if args.smoke:
         vars(args).update(smoke)
     args.began = time.perf_counter()

@@ -25,7 +25,6 @@ distributed_{strategy}/.
 import argparse
 import contextlib
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -35,6 +34,7 @@ import sys
 import tempfile
 import time
 
+import basics
 import keras
 import numpy as np
 import tensorflow as tf
@@ -270,21 +270,14 @@ def parse_arguments():
         action="store_true",
         help="from the last checkpoint, if there is one",
     )
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for all files")
-    add("--smoke", action="store_true", help="10 updates by the first three strategies")
+    basics.add_output(parser, smoke="10 updates by the first three strategies")
     args = parser.parse_args()
     if args.smoke:
         args.updates, args.save_every, args.batch_size = 10, 5, 8
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in 0 ... 2**32 - 1. Received: {args.seed}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     return args
 
 

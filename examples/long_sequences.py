@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import pathlib
 
+import basics
 import keras
 import numpy as np
 import tensorflow as tf
@@ -340,25 +341,18 @@ def parse_arguments():
     add("--batch-size", type=int, default=32, help="sequences side by side")
     add("--learning-rate", type=float, default=2e-2, help="of Adam, at the first step")
     add("--seed", type=int, default=0, help="of weights and sequences")
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for results")
-    add("--smoke", action="store_true", help="short, 10 updates: little is learned yet")
+    basics.add_output(parser, smoke="short, 10 updates: little is learned yet")
     args = parser.parse_args()
     if args.smoke:
         args.timesteps, args.pieces, args.steps, args.updates = 2000, 4, 100, 10
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if args.pieces < 2:
         parser.error(f"--pieces must be at least 2. Received: {args.pieces}")
     if args.updates % 10:
         parser.error(f"--updates must be in tens. Received: {args.updates}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in 0 ... 2**32 - 1. Received: {args.seed}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     return args
 
 

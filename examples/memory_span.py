@@ -24,10 +24,9 @@ Writes memory_span.json and, where matplotlib is installed, memory_span.png.
 
 import argparse
 import json
-import math
-import pathlib
 import time
 
+import basics
 import keras
 import numpy as np
 
@@ -206,28 +205,20 @@ def parse_arguments():
     add("--batch-size", type=int, default=32, help="sequences per training step")
     add("--learning-rate", type=float, default=5e-3, help="at the first step")
     add("--seeds", type=int, default=3, help="runs of everything")
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for results")
-    add("--smoke", action="store_true", help="lag 4, 12 units, 30 updates, 1 seed")
+    basics.add_output(parser, smoke="lag 4, 12 units, 30 updates, 1 seed")
     args = parser.parse_args()
     if args.smoke:
         args.lag, args.features, args.units, args.updates, args.seeds = 4, 4, 12, 30, 1
         args.timesteps = None
     if args.timesteps is None:
         args.timesteps = 2 * args.lag
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 < value < math.inf:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if args.lag < 4 or args.timesteps <= args.lag:
         parser.error(
             "--lag must be at least 4 and --timesteps longer. Received: "
             f"--lag {args.lag}, --timesteps {args.timesteps}"
         )
-    try:
-        # Now, not after minutes of training.
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     return args
 
 

@@ -22,9 +22,8 @@ Writes streaming.json.
 import argparse
 import itertools
 import json
-import math
-import pathlib
 
+import basics
 import keras
 import numpy as np
 import tensorflow as tf
@@ -143,25 +142,18 @@ def parse_arguments():
     add("--k2", type=int, default=12, help="steps that an update of the loop sees")
     add("--learning-rate", type=float, default=3e-3, help="of Adam")
     add("--seed", type=int, default=0, help="of weights and streams")
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for results")
-    add("--smoke", action="store_true", help="50 updates: nothing is learned yet")
+    basics.add_output(parser, smoke="50 updates: nothing is learned yet")
     args = parser.parse_args()
     if args.smoke:
         args.updates = 50
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name != "seed" and not 0 < value < math.inf:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if args.updates % 10:
         parser.error(f"--updates must be in tens. Received: {args.updates}")
     if args.k1 > args.k2:
         parser.error(f"--k1 must be at most --k2. Received: {args.k1}, {args.k2}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be in 0 ... 2**32 - 1. Received: {args.seed}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     return args
 
 

@@ -23,8 +23,8 @@ Writes vanishing_and_exploding.json and vanishing_and_exploding.png.
 import argparse
 import json
 import math
-import pathlib
 
+import basics
 import keras
 import numpy as np
 from matplotlib.figure import Figure
@@ -181,25 +181,17 @@ def parse_arguments():
     add("--batch-size", type=int, default=32, help="digits per training step")
     add("--learning-rate", type=float, default=1e-3, help="of Adam")
     add("--seeds", type=int, default=3, help="runs of everything")
-    add("--output-dir", type=pathlib.Path, default="saved_models", help="for results")
-    add("--smoke", action="store_true", help="16 units, 1 epoch, 1 seed")
+    basics.add_output(parser, smoke="16 units, 1 epoch, 1 seed")
     args = parser.parse_args()
     if args.smoke:
         args.units, args.epochs, args.seeds = 16, 1, 1
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 < value < math.inf:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be a positive number. Received: {value}")
+    basics.check_positive(parser, args)
     if not args.small < 1 < args.large:
         parser.error(
             "--small must be below 1 and --large above it. Received: "
             f"--small {args.small:g}, --large {args.large:g}"
         )
-    try:
-        # Now, not after minutes of training.
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir must be a folder that can be made: {error}")
+    basics.make_output(parser, args)
     return args
 
 

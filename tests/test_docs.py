@@ -66,7 +66,9 @@ def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.parent.name == "saved_models":
         shutil.copytree(page.parent, "saved_models")
+    given = {*tmp_path.glob("saved_models/*")}
     run(page.read_text(), page.name)
+    assert {*tmp_path.glob("saved_models/*")} == given  # make examples alone adds to it
 
 
 def test_a_block_that_needs_what_is_missing_is_left_out():

@@ -1,5 +1,6 @@
 """Every example runs in its short form, and the parts of each are right."""
 
+import argparse
 import importlib.util
 import io
 import itertools
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -19,7 +21,8 @@ from keras_bptt import BPTTRNN
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 sys.path.append(str(EXAMPLES))  # for what examples share
-NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
+SHARED = {"basics.py", "common.py"}
+NAMES = sorted({path.name for path in EXAMPLES.glob("*.py")} - SHARED)
 
 # What the output of each example must hold. An example that is not listed fails.
 KEY_LINES = {
@@ -124,28 +127,97 @@ KINDS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_example_runs(name, tmp_path):
-    finished = subprocess.run(
-        [sys.executable, EXAMPLES / name, "--smoke", "--output-dir", tmp_path],
+    """As a newcomer runs it: quietly, and it writes to a folder that git ignores."""
+    finished = run([EXAMPLES / name, "--smoke"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    for line in KEY_LINES[name]:
+        assert line in finished.stdout
+    folder = tmp_path / "build/examples/smoke"
+    assert [*tmp_path.iterdir()] == [tmp_path / "build"]
+    if name == "distributed.py":
+        check_results_of_strategies(folder)
+    if name == "vanishing_and_exploding.py":
+        check_results_of_digits(folder / "vanishing_and_exploding.json")
+    if name in KINDS:
+        check_results_of_kind(folder / name.replace(".py", ".json"))
+
+
+def run(arguments, folder, **environment):
+    """A process of Python; TensorFlow is as talkative in it as it is by itself."""
+    own = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    # The same keras_bptt as here, installed or not.
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run(
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         encoding="utf-8",
-        # The same keras_bptt as here, installed or not.
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "PYTHONIOENCODING": "utf-8",
-        },
+        cwd=folder,
+        env={**own, "PYTHONIOENCODING": "utf-8", **environment},
         timeout=300,
     )
-    assert finished.returncode == 0, finished.stderr
-    for line in KEY_LINES[name]:
-        assert line in finished.stdout
-    if name == "distributed.py":
-        check_results_of_strategies(tmp_path)
-    if name == "vanishing_and_exploding.py":
-        check_results_of_digits(tmp_path / "vanishing_and_exploding.json")
-    if name in KINDS:
-        check_results_of_kind(tmp_path / name.replace(".py", ".json"))
+
+
+def test_files_go_where_git_ignores_them(monkeypatch, tmp_path):
+    """By default; no example has a folder of its own choice."""
+    monkeypatch.chdir(tmp_path)
+    basics = load("basics.py")
+    parser = argparse.ArgumentParser()
+    basics.add_output(parser, smoke="short")
+    for arguments, folder in {
+        (): "build/examples",
+        ("--smoke",): "build/examples/smoke",
+        ("--smoke", "--output-dir", "here/now"): "here/now",
+    }.items():
+        args = parser.parse_args(arguments)
+        basics.make_output(parser, args)
+        assert args.output_dir == pathlib.Path(folder)
+        assert (tmp_path / folder).is_dir()
+    assert "build/" in (EXAMPLES.parent / ".gitignore").read_text().splitlines()
+    sources = {name: (EXAMPLES / name).read_text() for name in NAMES}
+    assert not [name for name in NAMES if '"--output-dir"' in sources[name]]
+    assert all(re.search("^import (basics|common)$", s, re.M) for s in sources.values())
+
+
+# What TensorFlow has been seen to write on its start where all is well.
+START_UP = """\
+WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
+I0000 00:00:1795786501.233405    5394 cudart_stub.cc:31] Could not find cuda drivers
+2025-09-17 14:44:05.157831: I external/cudart_stub.cc:32] Could not find cuda drivers
+2025-09-17 14:44:05.176998: E external/cuda_fft.cc:467] Unable to register cuFFT factory
+E0000 00:00:1795786524.029085    5394 cuda_platform.cc:52] failed call to cuInit: \
+INTERNAL: CUDA error: Failed call to cuInit: UNKNOWN ERROR (303)
+"""
+TROUBLE = """\
+E0000 00:00:1795786524.029085    5394 cuda_platform.cc:52] failed call to cuInit: 999
+W0000 00:00:1795786524.029085    5394 memory.cc:7] The first warning
+2025-09-17 14:44:05.157831: W memory.cc:32] The second warning
+Python warns of something
+F0000 00:00:1795786524.029085    5394 cpu.cc:9] AVX is not available
+"""
+
+
+@pytest.mark.parametrize("level, left_out", [("2", START_UP), ("0", "")])
+def test_known_lines_of_the_start_alone_are_left_out(tmp_path, level, left_out):
+    """Not those that say why a process aborts; and all are shown to who asks for them."""
+    code = f"import os\nos.write(2, {(START_UP + TROUBLE).encode()})\nos.abort()\n"
+    (tmp_path / "tensorflow.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), str(EXAMPLES)])
+    environment = {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": level}
+    finished = run(["-c", "import basics"], tmp_path, **environment)
+    assert finished.returncode != 0
+    assert finished.stderr == (START_UP + TROUBLE).removeprefix(left_out)
+
+
+def test_tensorflow_starts_quietly(tmp_path):
+    """As it is installed here; what is written afterwards is shown."""
+    code = (
+        "import basics, os, tensorflow as tf; tf.constant(1) + 1; os.write(2, b'error')"
+    )
+    path = os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)])
+    finished = run(["-c", code], tmp_path, PYTHONPATH=path)
+    assert (finished.returncode, finished.stderr) == (0, "error")
 
 
 def check_results_of_kind(path):
