@@ -1,6 +1,7 @@
 """Exported programs in one file, with a list of what they are. No TensorFlow, no JAX."""
 
 import json
+import os
 import re
 import zipfile
 
@@ -15,13 +16,14 @@ def write(path, header, programs):
         header: what is the same for all of them, for JSON.
         programs: pairs of an entry for the list and the program.
     """
-    entries = []
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+    entries, part = [], path.with_suffix(".part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
         for entry, text in programs:
             name = f"{len(entries):03}.mlir"
             file.writestr(name, text)
             entries.append(entry | {"file": name})
         file.writestr(LIST, json.dumps(header | {"programs": entries}, indent=1))
+    os.replace(part, path)
 
 
 class Bundle:
@@ -42,9 +44,6 @@ class Bundle:
         if race.precision == "float32":
             texts = {name: in_full_precision(text) for name, text in texts.items()}
         return texts
-
-    def has(self, race):
-        return bool(self.programs(race))
 
 
 def in_full_precision(text):

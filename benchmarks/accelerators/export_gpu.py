@@ -55,7 +55,7 @@ PROGRAMS = {
 
 
 def step_of(race, program):
-    """A function of x, y and the weights, their specs; it returns the loss and gradients."""
+    """A function of x, y and the weights to the loss and its gradients, and the specs."""
     policy = "mixed_bfloat16" if race.low else "float32"
     layer = program.layer(races.TASKS[race.task], race.units, policy)
     layer.build(race.shape[:-1])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import races
+from agreement import JUDGE
 from jax import lax
 
 
@@ -114,8 +115,6 @@ class Peer:
     losses: dict[str, Callable]
 
 
-# Whose gradient the others are compared with.
-JUDGE = "JAX scan"
 PEERS = {
     JUDGE: Peer(
         {"sequence": whole, "last": whole, "chunks": chunks, "windows": windows}

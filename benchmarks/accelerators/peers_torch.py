@@ -18,7 +18,7 @@ CELLS = {"rnn": lambda *sizes: torch.nn.RNN(*sizes, batch_first=True)}
 
 
 def squared(h, y):
-    """The sum over the outputs, in the precision of the targets; of its share of the mean."""
+    """The sum over outputs of the squared error, in the precision of the targets."""
     return ((h.to(y.dtype) - y) ** 2).sum()
 
 
@@ -35,13 +35,14 @@ def checkpoints(task, rnn, x, y):
     for block in x.split(math.isqrt(x.shape[1]), dim=1):
         if state is None:
             state = x.new_zeros(1, len(x), rnn.hidden_size)
-        state = checkpoint(lambda x, state: rnn(x, state)[1], block, state, **REENTRANT)
+        state = checkpoint(last_state, rnn, block, state, use_reentrant=False)
     loss = squared(state[0], y) / y.numel()
     loss.backward()
     return loss
 
 
-REENTRANT = {"use_reentrant": False}
+def last_state(rnn, x, state):
+    return rnn(x, state)[1]
 
 
 def chunks(task, rnn, x, y):
@@ -107,8 +108,20 @@ def synchronize():
         torch.cuda.synchronize()
 
 
+def told():
+    """Bytes in use and their peak since `reset_peak`, or None and None without a GPU."""
+    if not torch.cuda.is_available():
+        return None, None
+    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+
+
+def reset_peak():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def functions(race, x, y, weights):
-    """By name: functions of nothing that return the loss and the gradients when all is done."""
+    """By name: functions of nothing; they end when the loss and gradients are computed."""
     task = races.TASKS[race.task]
     dtype = torch.bfloat16 if race.low else torch.float32
     x, y = (torch.from_numpy(array).to(device()) for array in (x, y))

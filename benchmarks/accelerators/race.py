@@ -1,9 +1,10 @@
-"""One race where it is run: gradients first, then times or memory. Needs JAX, no TensorFlow.
+"""One race where it is run: gradients first, then times; or memory.
 
-PyTorch takes part where it is installed.
+Needs JAX and no TensorFlow. PyTorch takes part where it is installed.
 """
 
 import concurrent.futures
+import functools
 import gc
 import importlib.metadata
 import pathlib
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import time
 
-import comparison
+import agreement
 import jax
 import numpy as np
 import peers_jax
 import problem
+from peaks import peaks
 from program import load
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -27,11 +29,6 @@ try:
 except ImportError:
     peers_torch = None
 
-NAMES = "loss", "d_kernel", "d_recurrent_kernel", "d_bias"
-# Of the largest number of a gradient, from that of the judge. Float32 rounds to 6e-8, TF32
-# to 5e-4, bfloat16 to 4e-3, and thousands of steps carry such errors on. A wrong path of the
-# gradient is of another size: chunks differ from full BPTT by more than a tenth.
-BOUNDS = {"float32": 2e-4, "tf32": 1e-2, "bfloat16": 5e-2}
 SECONDS, ROUNDS = 2.0, 5
 JAX_PRECISIONS = {"float32": "highest", "tf32": "default", "bfloat16": "default"}
 
@@ -82,31 +79,30 @@ class Contestants:
         if peers_torch is None:
             self.failures["torch.nn.RNN"] = "PyTorch is not installed"
         else:
-            self._attempt("torch.nn.RNN", self._with_torch, x, y, weights)
+            self.attempt("torch.nn.RNN", self._with_torch, x, y, weights)
 
     def _functions(self, programs):
         """Of x, y and the weights, by name."""
         functions = {}
         for name, text in programs.items():
-            self._attempt(name, lambda: functions.update({name: load(text)[0]}))  # noqa: B023
+            loaded = self.attempt(name, load, text)
+            if loaded is not None:
+                functions[name] = loaded[0]
         return functions | peers_jax.functions(self.race)
 
     def _compile(self, functions, x, y, weights):
         """All at the same time, each for the arrays on the device."""
         x = jax.numpy.asarray(x, "bfloat16" if self.race.low else "float32")
         given = jax.block_until_ready([jax.device_put(a) for a in (x, y, *weights)])
-        lowered = {}
         with jax.default_matmul_precision(JAX_PRECISIONS[self.race.precision]):
-            for name, function in functions.items():
-                # A function that is not used any more, under the name of this one.
-                self._attempt(
-                    name,
-                    lambda: lowered.update({name: jax.jit(function).lower(*given)}),  # noqa: B023
-                )
+            lowered = {
+                name: self.attempt(name, lambda f: jax.jit(f).lower(*given), function)
+                for name, function in functions.items()
+            }
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            made = {name: pool.submit(low.compile) for name, low in lowered.items()}
+            made = {n: pool.submit(low.compile) for n, low in lowered.items() if low}
         for name, future in made.items():
-            self._attempt(name, self._keep, name, future, given)
+            self.attempt(name, self._keep, name, future, given)
 
     def _keep(self, name, future, given):
         compiled = future.result()
@@ -116,7 +112,7 @@ class Contestants:
     def _with_torch(self, x, y, weights):
         self.steps |= peers_torch.functions(self.race, x, y, weights)
 
-    def _attempt(self, name, function, *arguments):
+    def attempt(self, name, function, *arguments):
         """What it returns; None where it fails, which ends this contestant's part alone."""
         try:
             return function(*arguments)
@@ -133,11 +129,12 @@ class Contestants:
         known, gradients = {}, {}
         for name in list(self.steps):
             start = time.perf_counter()
-            outputs = self._attempt(name, self.steps[name])
+            outputs = self.attempt(name, self.steps[name])
             if outputs is not None:
                 known[name] = {"first_call_s": time.perf_counter() - start}
                 gradients[name] = [as_numpy(output) for output in outputs]
-        for name, difference, failure in judged(gradients, BOUNDS[self.race.precision]):
+        verdicts = agreement.judged(gradients, agreement.BOUNDS[self.race.precision])
+        for name, (difference, failure) in verdicts.items():
             known[name]["difference"] = difference
             if failure:
                 self.failures[name] = failure
@@ -159,27 +156,6 @@ def as_numpy(output):
     return np.asarray(output).astype("float32")
 
 
-def judged(gradients, bound):
-    """Of each name: how far its outputs are from the judge's, and what is wrong, or None."""
-    judge = gradients.get(peers_jax.JUDGE)
-    for name, outputs in gradients.items():
-        difference = failure = None
-        if judge is None:
-            failure = f"nothing to compare with: no gradient of {peers_jax.JUDGE}"
-        else:
-            try:
-                wanted = dict(zip(NAMES, judge, strict=True))
-                found = comparison.differences(outputs, wanted)
-                # NaN, of which the largest is not to be had, first.
-                worst = max(found, key=lambda key: (found[key] != found[key], found[key]))
-                difference = found[worst]
-                if not difference <= bound:
-                    failure = f"disagrees: {worst} by {difference:.1e}"
-            except (SystemExit, ValueError) as error:
-                failure = f"disagrees: {error}"
-        yield name, difference, failure
-
-
 def times(contestants):
     """Milliseconds of those who agree, in turns."""
     known = contestants.agree()
@@ -194,36 +170,28 @@ def times(contestants):
 def memory(contestants):
     """Megabytes at the peak of a step beside what it is given, as the device tells it.
 
-    JAX tells the peak of the process so far, and nothing resets it. So its programs go up in
-    size, as the compiler says, and one that does not raise the peak is not known.
+    JAX tells the peak of the process so far, which nothing resets. So its programs go up
+    in size, as the compiler says; of one that does not raise the peak it is not known.
     """
-    known = {name: {"mb": None} for name in contestants.steps}
     sizes = contestants.temporaries
-    for name in sorted(contestants.steps, key=lambda name: sizes.get(name, np.inf)):
-        before, peak = told(name in sizes)
-        contestants._attempt(name, contestants.steps[name])
-        _, after = told(name in sizes)
-        known[name]["mb"] = beside(before, peak, after)
+    steps = {
+        name: functools.partial(contestants.attempt, name, step)
+        for name, step in contestants.steps.items()
+    }
+    by_size = sorted(sizes.keys() & steps.keys(), key=sizes.get)
+    known = peaks({name: steps.pop(name) for name in by_size}, jax_told)
+    if peers_torch is not None:
+        known |= peaks(steps, peers_torch.told, peers_torch.reset_peak)
     for name, size in sizes.items():
         known.setdefault(name, {})["compiler_mb"] = size / 1e6
     return known
 
 
-def beside(before, peak, after):
-    """Megabytes of a peak above what was in use before; None where it is not known."""
-    return None if before is None or after <= peak else (after - before) / 1e6
-
-
-def told(by_jax):
-    """Bytes in use and their peak, as the allocator counts them; None where it does not."""
+def jax_told():
+    """Bytes in use and their peak so far, or None and None of a device that counts none."""
     gc.collect()
-    if by_jax:
-        stats = jax.devices()[0].memory_stats() or {}
-        return stats.get("bytes_in_use"), stats.get("peak_bytes_in_use")
-    cuda = peers_torch.torch.cuda
-    if not cuda.is_available():
-        return None, None
-    return cuda.memory_allocated(), cuda.max_memory_allocated()
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_in_use"), stats.get("peak_bytes_in_use")
 
 
 WHAT = {"time": times, "memory": memory}

@@ -1,4 +1,4 @@
-"""What is raced on a GPU: training steps of several shapes, and the order in which they come.
+"""What is raced on a GPU: training steps of several shapes, and their order.
 
 A race is one gradient of one shape in one precision, which several contestants compute. No
 TensorFlow, JAX or PyTorch here: those who export and those who run share this.
