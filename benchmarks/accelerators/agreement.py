@@ -6,7 +6,7 @@ import comparison
 JUDGE = "JAX scan"
 NAMES = "loss", "d_kernel", "d_recurrent_kernel", "d_bias"
 # Of the largest number of a gradient, from that of the judge. Float32 rounds to 6e-8, TF32
-# to 5e-4, bfloat16 to 4e-3, and the recursion carries such errors on: in bfloat16 peers were
+# to 5e-4, bfloat16 to 4e-3, and the recursion carries such errors on: in bfloat16 they were
 # 1e-2 to 6e-2 from float32, in TF32 they should be an eighth of that. A wrong path of the
 # gradient is of another size: at H = 128 chunks and windows differ from full BPTT by 3e-1
 # to 5e-1.

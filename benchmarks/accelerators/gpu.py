@@ -5,14 +5,14 @@
     python benchmarks/accelerators/gpu_table.py          # writes docs/performance.md
 
 The machine with the GPU needs `benchmarks/`, the bundle, and Python with JAX, flatbuffers
-and PyTorch; no TensorFlow and no network. git ignores the bundle: where a repository is sent
-without what git ignores, name `build/gpu.zip`. Results go to `gpu.json` beside this file, or
-to `--output FILE`: one small file to bring back here.
+and PyTorch; no TensorFlow and no network. git ignores the bundle: where a repository is
+sent without what git ignores, name `build/gpu.zip`. Results go to `gpu.json` beside this
+file, or to `--output FILE`: one small file to bring back here.
 
-It is whole after every row, the most telling rows first: a run that is cut off at any minute
-has a table. Another call with the same file goes on where that one ended. `--seconds` is for
-the whole call; what does not fit is left out, by name. A race that hangs or ends its process
-is given up, by name, and the next one begins in a new process.
+It is whole after every row, the most telling rows first: a run that is cut off at any
+minute has a table. Another call with the same file goes on where that one ended.
+`--seconds` is for the whole call; what does not fit is left out, by name. A race that hangs
+or ends its process is given up, by name, and the next one begins in a new process.
 
 `tf32`, `float32` and `bfloat16` are what all contestants alike compute products in;
 `--precisions` chooses. Whoever's gradients differ from those that JAX derives is reported,
@@ -29,7 +29,7 @@ import time
 import bundle
 import races
 from results import Results, entry, shown
-from workers import Failure, Worker
+from workers import Failure, Silence, Worker
 
 OUTPUT = pathlib.Path(__file__).with_name("gpu.json")
 SECONDS = 430  # with the start of a machine and the way back, below eight minutes
@@ -83,13 +83,32 @@ def run(items, worker, results, deadline):
         try:
             row["contestants"] = worker.measure(what, race, min(left, LONGEST))
         except Failure as failure:
-            if min(left, LONGEST) < LONGEST and "no answer" in str(failure):
+            if isinstance(failure, Silence) and left < LONGEST:
                 results.leave_out(what, race, "cut off at the end of the time")
                 continue
             row["contestants"] = {"race": {"failure": str(failure)}}
+        if broken(row):
+            worker.stop()
         results.add(row | {"seconds": time.monotonic() - start})
         print(f"{time.monotonic() - start:5.1f} s  {shown(row)}", flush=True)
     results.write()
+
+
+def check(machine):
+    """JAX falls back to the CPU where it cannot use the GPU; that would be no race."""
+    here = machine.get("torch_device", machine["platform"])
+    if (here == "cpu") != (machine["platform"] == "cpu"):
+        raise SystemExit(
+            "JAX and PyTorch must compute on the same device. Received: JAX on "
+            f"{machine['platform']}, PyTorch on {here}. Look at JAX_PLATFORMS, "
+            "CUDA_VISIBLE_DEVICES, and at what JAX says when it starts."
+        )
+
+
+def broken(row):
+    """Whether the next row had better begin in a new process: an error of CUDA stays."""
+    failures = [known.get("failure") or "" for known in row["contestants"].values()]
+    return any("Error" in failure for failure in failures)
 
 
 def prepare(environment, folder):
@@ -125,7 +144,8 @@ def parsed():
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="of the whole call"
     )
-    parser.add_argument("--what", nargs="+", default=["time", "memory"])
+    what = ["time", "memory"]
+    parser.add_argument("--what", nargs="+", choices=what, default=what)
     parser.add_argument("--precisions", nargs="+", choices=races.PRECISIONS)
     parser.add_argument("--tasks", nargs="+", choices=races.TASKS)
     for name in ("batches", "units", "timesteps"):
@@ -147,6 +167,7 @@ def main():
         try:
             machine = worker.start(min(args.seconds, LONGEST))
             print(machine, flush=True)
+            check(machine)
             header = {"machine": machine, "bundle": programs.header}
             results = Results(args.output, header)
             results.write()

@@ -24,8 +24,8 @@ RESULTS = pathlib.Path(__file__).with_name("gpu.json")
 PLACE = "gpu"
 LEADER = "BPTTRNN"
 NONE_YET = (
-    "No GPU has run this layer yet. So there are no numbers here, and nothing is claimed of its "
-    "speed there."
+    "No GPU has run this layer yet. There are no numbers of one, and nothing is claimed of "
+    "its speed there."
 )
 
 

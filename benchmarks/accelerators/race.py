@@ -10,7 +10,6 @@ import importlib.metadata
 import pathlib
 import subprocess
 import sys
-import time
 
 import agreement
 import jax
@@ -123,15 +122,13 @@ class Contestants:
     def agree(self):
         """Call each once; those that disagree with the judge take no further part.
 
-        Returns what is known of each by name: the seconds of the first call and how far its
-        gradients are from the judge's.
+        Returns what is known of each by name: how far its gradients are from the judge's.
         """
         known, gradients = {}, {}
         for name in list(self.steps):
-            start = time.perf_counter()
             outputs = self.attempt(name, self.steps[name])
             if outputs is not None:
-                known[name] = {"first_call_s": time.perf_counter() - start}
+                known[name] = {}
                 gradients[name] = [as_numpy(output) for output in outputs]
         verdicts = agreement.judged(gradients, agreement.BOUNDS[self.race.precision])
         for name, (difference, failure) in verdicts.items():

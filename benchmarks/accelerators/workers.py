@@ -8,8 +8,12 @@ class Failure(Exception):
     """Why there is no answer."""
 
 
+class Silence(Failure):
+    """There is no answer yet, and time is over."""
+
+
 class Worker:
-    """A process that measures; a new one after it died or hung, and before it tells peaks."""
+    """A process that measures; another after it died or hung, and for each peak."""
 
     def __init__(self, serve, path):
         self.serve, self.path = serve, path
@@ -46,12 +50,12 @@ class Worker:
         try:
             if self.connection.poll(max(seconds, 0)):
                 return self.connection.recv()
-            failure = f"no answer in {seconds:.0f} s"
+            failure = Silence(f"no answer in {seconds:.0f} s")
         except (EOFError, OSError):
             self.process.join(5)
-            failure = f"the process ended, status {self.process.exitcode}"
+            failure = Failure(f"the process ended, status {self.process.exitcode}")
         self.stop()
-        raise Failure(failure)
+        raise failure
 
     def stop(self):
         if self.process is not None:
