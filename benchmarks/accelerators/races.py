@@ -80,18 +80,18 @@ class Grid:
         return self.precisions, self.batches, self.units, self.timesteps, self.tasks
 
     def races(self):
-        """The middle, those that differ from it in one thing, those in two, and so on."""
-        races = [Race(*values) for values in itertools.product(*self.axes())]
-        return sorted(races, key=self.distance)
+        return [Race(*values) for values in itertools.product(*self.axes())]
 
     def distance(self, race):
+        """In how many things it differs from the middle."""
         values = dataclasses.astuple(race)
         return sum(v != axis[0] for v, axis in zip(values, self.axes(), strict=True))
 
     def items(self, races=None):
         """What is measured, the most telling first: (what, race).
 
-        Times before memory, and both of what differs in one thing before any other.
+        Of the middle, then of what differs from it in one thing, in two, and so on. Times
+        before memory, and both of what differs in one thing before any other.
         """
         races = self.races() if races is None else races
         items = [(what, race) for race in races for what in ("time", "memory")]
