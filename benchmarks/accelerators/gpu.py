@@ -71,7 +71,7 @@ def run(items, worker, results, deadline):
     for what, race in items:
         if results.done(what, race):
             continue
-        left = deadline - time.monotonic()
+        left = max(0, deadline - time.monotonic())
         needed = expected(what, race, results.known["rows"])
         if needed > left:
             results.leave_out(
