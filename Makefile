@@ -17,7 +17,7 @@ export KERAS_BACKEND := tensorflow
 
 .DEFAULT_GOAL := help
 .PHONY: help demo flow examples docs test test-slow test-oldest test-newest bench accelerators \
-	accelerators-quick doctest examples-smoke lint format dist package clean
+	accelerators-quick gpu-bundle gpu-compile gpu-quick doctest examples-smoke lint format dist package clean
 
 help:  ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) \
@@ -91,6 +91,20 @@ accelerators-quick: $(VENV)/.installed $(ACCELERATORS)/.installed  ## Three of t
 	$(ACCELERATORS)/bin/python benchmarks/accelerators/compile.py build/accelerators-quick \
 		--devices v5e
 
+gpu-bundle: $(VENV)/.installed  ## Export what gpu.py races on a GPU, build/gpu.zip (minutes)
+	$(BIN)/python benchmarks/accelerators/export_gpu.py build/gpu.zip
+
+gpu-compile: gpu-bundle $(ACCELERATORS)/.installed-gpu  ## Compile these for an NVIDIA H100 without one (minutes)
+	$(ACCELERATORS)/bin/python benchmarks/accelerators/compile_gpu.py build/gpu.zip
+
+# PyTorch takes part where somebody installs it there.
+gpu-quick: $(VENV)/.installed $(ACCELERATORS)/.installed  ## The same races on the CPU, of one small shape
+	$(BIN)/python benchmarks/accelerators/export_gpu.py build/gpu-quick.zip --quick
+	rm -f build/gpu-quick.json
+	JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python benchmarks/accelerators/gpu.py \
+		build/gpu-quick.zip --output build/gpu-quick.json
+	$(BIN)/python benchmarks/accelerators/gpu_table.py build/gpu-quick.json
+
 lint: $(VENV)/.installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -144,6 +158,10 @@ endef
 $(ACCELERATORS)/.installed: benchmarks/accelerators/requirements.txt | $(BIN)/python
 	@echo "Installing JAX and the compiler of TPUs in $(ACCELERATORS), 1.3 GB"
 	@$(BIN)/python -m venv $(ACCELERATORS)
+	@$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+$(ACCELERATORS)/.installed-gpu: benchmarks/accelerators/requirements_gpu.txt $(ACCELERATORS)/.installed
 	@$(ACCELERATORS)/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 

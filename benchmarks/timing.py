@@ -3,8 +3,6 @@
 import statistics
 import time
 
-import tensorflow as tf
-
 SIDE = 1024  # of the square matrices whose product sets the limit
 # Between contestants: threads of the one before may still spin, waiting for work.
 PAUSE = 0.005
@@ -43,6 +41,8 @@ def summary(times):
 
 def large_product():
     """A function that multiplies two large matrices: the rate that sets the limit."""
+    import tensorflow as tf  # the rest is of use where there is none
+
     matrix = tf.random.normal((SIDE, SIDE))
     product = tf.function(lambda: matrix @ matrix)
     return lambda: product().numpy()
