@@ -147,7 +147,8 @@ class AdaptiveTruncation(MeasuringCallback):
     in blocks as the layer has them: chunks where its truncation is None or chunks, else
     its own stride, or k where k is less. So the window grows beyond the present one in one
     step. Where no window shorter than the sequences of the batch will do, the layer gets
-    full backpropagation, None, or `max_steps`. The number of steps is logged as
+    full backpropagation, None, or `max_steps`. Where numbers are not finite
+    (`LayerFlow.finite`), the window stays. The number of steps is logged as
     f"{layer}_window"; the number of timesteps where it is full. What the bias says and
     does not say: `LayerFlow.truncation_bias`.
 
@@ -258,6 +259,8 @@ class AdaptiveTruncation(MeasuringCallback):
     def _policy(self, layer, flow):
         """The truncation that the layer is to have."""
         own, most = layer.truncation, self.max_steps
+        if not flow.finite:
+            return own
         given, stride = self._given.get(layer, (None, None))
         if own != given:
             stride = None if own is None or own.stride == own.steps else own.stride

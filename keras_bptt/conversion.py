@@ -1,12 +1,14 @@
-"""convert: a trained model of SimpleRNN as the same model of BPTTRNN, and back."""
+"""convert: a model of SimpleRNN as one of BPTTRNN, and back; or with other options."""
 
 import functools
-import tempfile
+import warnings
 
 import keras
-import tensorflow as tf
 
+from keras_bptt.copied_state import copy_optimizer_state, copy_own_state
+from keras_bptt.inside import layers_inside
 from keras_bptt.layers import BPTTRNN
+from keras_bptt.wording import meant
 
 # What BPTTRNN can be told beyond SimpleRNN without another weight.
 _OPTIONS = ("truncation", "checkpoint_every", "adjoint_clipnorm", "jit_compile")
@@ -16,10 +18,13 @@ def convert(model, to=BPTTRNN, **options):
     """Return a copy of a model with BPTTRNN in place of SimpleRNN, or the other way round.
 
     Use it where a trained model is there already: a `.weights.h5` file names the class
-    that it was saved from and loads into no other. Every layer of the one class (not of a
-    subclass, nor `keras.layers.RNN`) becomes one of the other, wherever it is in the model:
-    in a `Bidirectional` or another wrapper, in a model inside the model, shared between two
-    calls, in a layer of your own that has it in its configuration. Outputs are the same.
+    that it was saved from and loads into no other. Use it too to give the BPTTRNN of a
+    model other options, such as what `gradient_flow` advises, or `unroll=1` for an export
+    to ONNX. Every layer of the one class (not of a subclass, nor `keras.layers.RNN`)
+    becomes one of the other, and every layer that is one then has the options, wherever it
+    is in the model: in a `Bidirectional` or another wrapper, in a model inside the model,
+    shared between two calls, in a layer of your own that has it in its configuration.
+    Outputs are the same.
     Weights, names, what preprocessing layers have adapted to, the arguments of `compile`
     and the state of the optimizer are carried over, so that training goes on where it was.
     The model that is passed stays as it is.
@@ -35,16 +40,23 @@ def convert(model, to=BPTTRNN, **options):
             `keras.layers.SimpleRNN`: what was a `BPTTRNN` becomes one, without truncation,
             clipping and checkpoints, which SimpleRNN does not have: no output depends on
             them.
-        **options: For every layer that becomes a `BPTTRNN`: `truncation`,
-            `checkpoint_every`, `adjoint_clipnorm`, `jit_compile`.
+        **options: For every `BPTTRNN` of the copy, also where it was one before:
+            `truncation`, `checkpoint_every`, `adjoint_clipnorm`, `jit_compile`, `unroll`.
+            None takes away one of the first three; what is not named stays. For every
+            `SimpleRNN` of the copy: `unroll`, True or False.
 
     Returns:
         A new model, compiled if the other is.
 
     Raises:
         ValueError: for another `to`, an option that is none of these, a model without a
-            layer to convert, a `BPTTRNN` with an output layer of its own, which SimpleRNN
-            does not have, and an optimizer of other weights than are trainable now.
+            layer to convert or to give an option to, a `BPTTRNN` with an output layer of
+            its own, which SimpleRNN does not have, and an optimizer of other weights than
+            are trainable now.
+
+    Warns:
+        UserWarning: where a class of your own makes layers that its configuration does not
+            have. They are in the copy as the class makes them.
 
     Example:
 
@@ -58,98 +70,26 @@ def convert(model, to=BPTTRNN, **options):
     'BPTTRNN'
     >>> fast.layers[0].backward_layer.truncation
     Truncation(steps=20)
+    >>> clipped = convert(fast, adjoint_clipnorm=0.07).layers[0].backward_layer
+    >>> clipped.truncation, clipped.adjoint_clipnorm
+    (Truncation(steps=20), 0.07)
     >>> back = convert(fast, to=keras.layers.SimpleRNN)
     >>> type(back.layers[0].forward_layer).__name__
     'SimpleRNN'
     """
     _check(model, to, options)
-    config = keras.saving.serialize_keras_object(model)
-    config, number = _replaced(config, to, options)
+    config, number = _replaced(_configuration(model, to), to, options)
     if not number:
-        raise ValueError(
-            f"`model` must hold a {_other(to).__name__}, to become a {to.__name__}. "
-            f"Received: model={model.name!r}, which holds none."
-        )
+        raise ValueError(_nothing_to_do(model, to, options))
     # What is in memory is trusted, a lambda too.
     copy = keras.saving.deserialize_keras_object(config, safe_mode=False)
     copy.set_weights(model.get_weights())
-    _copy_own_state(model, copy)
+    _warn_of_others(copy, to, options)
+    copy_own_state(model, copy)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        _copy_state(optimizer, copy)
+        copy_optimizer_state(optimizer, copy)
     return copy
-
-
-def _copy_own_state(model, copy):
-    """What layers of preprocessing have adapted to, and layers of a user's own load.
-
-    A `Normalization` computes with numbers that it derives where it loads its weights; what
-    a `StringLookup` has adapted to is a table, which only its files hold.
-    """
-    layers = [layer for layer in _with_state(model) if _is_filled(layer)]
-    for layer, twin in _pairs(layers, _with_state(copy)):
-        if hasattr(layer, "save_assets"):
-            with tempfile.TemporaryDirectory() as folder:
-                layer.save_assets(folder)
-                twin.load_assets(folder)
-        else:
-            store = {}
-            layer.save_own_variables(store)
-            twin.load_own_variables(store)
-
-
-def _with_state(model):
-    """The layers, at any depth, that hold more than `set_weights` sets."""
-    layers = tf.train.TrackableView(model).descendants()
-    return [layer for layer in layers if _has_state(layer)]
-
-
-def _has_state(layer):
-    if not isinstance(layer, keras.Layer):
-        return False
-    # Of Keras' own layers others override it too, to merge what fine-tuning has added.
-    theirs = type(layer).__module__.partition(".")[0] == "keras"
-    overrides = type(layer).load_own_variables is not keras.Layer.load_own_variables
-    normalizes = isinstance(layer, keras.layers.Normalization)
-    return hasattr(layer, "save_assets") or normalizes or (overrides and not theirs)
-
-
-def _is_filled(layer):
-    """Whether there is something to copy: an empty table cannot be loaded."""
-    if hasattr(layer, "get_vocabulary"):
-        return bool(layer.get_vocabulary(include_special_tokens=False))
-    return layer.built
-
-
-def _pairs(layers, copies):
-    """Each layer and its copy: of the same name or, made inside another, the same order.
-
-    A layer that the configuration does not have, an attribute of the model, has none.
-    """
-    for named in True, False:
-        for layer in list(layers):
-            alike = [
-                copy
-                for copy in copies
-                if type(copy) is type(layer) and (copy.name == layer.name or not named)
-            ]
-            if alike:
-                layers.remove(layer)
-                copies.remove(alike[0])
-                yield layer, alike[0]
-
-
-def _copy_state(optimizer, copy):
-    variables = getattr(getattr(copy, "optimizer", None), "variables", [])
-    if len(variables) != len(optimizer.variables):
-        raise ValueError(
-            "The optimizer of `model` must belong to the weights that are trainable now. "
-            f"Received: {len(optimizer.variables)} variables of the optimizer, where a new "
-            f"one has {len(variables)}. Compile the model again after `trainable` changed; "
-            "give a class with its own `compile` a `compile_from_config`."
-        )
-    for variable, value in zip(variables, optimizer.variables, strict=True):
-        variable.assign(value)
 
 
 def _other(layer_class):
@@ -160,27 +100,110 @@ def _check(model, to, options):
     if not isinstance(model, keras.Layer):
         raise ValueError(
             "`model` must be a keras.Model or a keras.Layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
+            f"model={model!r} of type {type(model).__name__}.{_made_a_model(model)}"
         )
     if to not in (BPTTRNN, keras.layers.SimpleRNN):
         raise ValueError(
             "`to` must be the class keras_bptt.BPTTRNN or keras.layers.SimpleRNN. "
             f"Received: to={to!r}."
         )
-    allowed = _OPTIONS if to is BPTTRNN else ()
+    allowed = (*_OPTIONS, "unroll") if to is BPTTRNN else ("unroll",)
     for name, value in options.items():
         if name not in allowed:
             raise ValueError(
-                f"An option for layers that become a {to.__name__} may be "
-                f"{', '.join(allowed) or 'none at all'}: no other argument leaves weights "
-                f"and outputs as they are. Received: {name}={value!r}."
+                f"An option for the {to.__name__} of the copy may be "
+                f"{', '.join(allowed)}: no other argument leaves weights and outputs as "
+                f"they are. Received: {name}={value!r}.{meant(name, allowed)}"
             )
+    if to is not BPTTRNN and not isinstance(options.get("unroll", False), bool):
+        raise ValueError(
+            "`unroll` of a SimpleRNN must be True, all steps in the graph, or False: it "
+            "has no number of steps for an iteration of its loop. Received: "
+            f"unroll={options['unroll']!r}. Pass False, or convert to BPTTRNN."
+        )
     if options:
-        BPTTRNN(1, **options)  # raises where a value is not allowed
+        to(1, **options)  # raises where a value is not allowed
+
+
+def _made_a_model(value):
+    """What to do with what is no model."""
+    if isinstance(value, str) or hasattr(value, "__fspath__"):
+        return " Load it first: convert(keras.models.load_model(path))."
+    if isinstance(value, list | tuple):
+        return " Convert its models one by one, or keras.Sequential(layers)."
+    return ""
+
+
+def _configuration(model, to):
+    try:
+        return keras.saving.serialize_keras_object(model)
+    except NotImplementedError as error:
+        inside = layers_inside(model)
+        made = [path for path, layer in inside if type(layer) in (to, _other(to))]
+        raise ValueError(
+            "A copy is made of the configuration of `model`. Received: "
+            f"model={model.name!r}, of which a class has none, with layers to convert in "
+            f"{', '.join(made) or 'none of its attributes'}. {_WAY_OUT}"
+        ) from error
+
+
+def _nothing_to_do(model, to, options):
+    """What to say where the configuration holds no layer to convert."""
+    other, received = _other(to), f"Received: model={model.name!r}"
+    wanted = f"`model` must hold a {other.__name__}, to become a {to.__name__}"
+    inside = layers_inside(model)
+    made = [path for path, layer in inside if type(layer) is other]
+    if options:
+        wanted += f", or a {to.__name__}, to get the options"
+        made += [path for path, layer in inside if type(layer) is to]
+    if made:
+        return (
+            f"{wanted}, in its configuration. {received}, which makes them itself: "
+            f"{', '.join(made)}. {_WAY_OUT}"
+        )
+    if any(type(layer) is to for _, layer in inside):
+        return (
+            f"{wanted}. {received}, which holds {to.__name__} alone, and no option. Pass "
+            f"one, such as {'truncation=20' if to is BPTTRNN else 'unroll=True'}."
+        )
+    kinds = dict.fromkeys(
+        type(layer).__name__ for layer in getattr(model, "layers", [])
+    )
+    return f"{wanted}. {received}, which holds none: {', '.join(kinds) or 'no layer'}."
+
+
+_WAY_OUT = (
+    "Change the class that makes them, and take the weights over: "
+    "new.set_weights(model.get_weights()). Or let the class take its layers as arguments "
+    "and have them in its get_config."
+)
+
+
+def _warn_of_others(copy, to, options):
+    """Of layers that a class has made anew, as its configuration does not have them."""
+    expected = to(1, **options).get_config()
+
+    def differs(layer):
+        if type(layer) is not to:
+            return type(layer) is _other(to)
+        config = layer.get_config()
+        return any(config.get(name) != expected.get(name) for name in options)
+
+    others = [path for path, layer in layers_inside(copy) if differs(layer)]
+    if others:
+        warnings.warn(
+            f"The copy of {copy.name!r} has layers that are not converted, since a class "
+            f"makes them that does not have them in its configuration: "
+            f"{', '.join(others)}. {_WAY_OUT}",
+            stacklevel=3,
+        )
 
 
 def _replaced(node, to, options):
-    """A serialized object with its layers replaced, and how many of them there were."""
+    """A serialized object with its layers replaced, and how many of them there were.
+
+    With options, layers of the class `to` are too, by others of the class.
+    """
     if isinstance(node, list | tuple):
         found = [_replaced(value, to, options) for value in node]
         return type(node)(value for value, _ in found), sum(n for _, n in found)
@@ -189,9 +212,13 @@ def _replaced(node, to, options):
     found = {key: _replaced(value, to, options) for key, value in node.items()}
     node = {key: value for key, (value, _) in found.items()}
     number = sum(n for _, n in found.values())
-    if not _identity(_other(to)).items() <= node.items():
+    if options and _identity(to).items() <= node.items():
+        arguments = node["config"]
+    elif _identity(_other(to)).items() <= node.items():
+        arguments = _arguments_for(to, node["config"])
+    else:
         return node, number
-    arguments = _arguments_for(to, node["config"], options)
+    arguments = arguments | keras.saving.serialize_keras_object(options)
     return node | _identity(to) | {"config": arguments}, number + 1
 
 
@@ -202,9 +229,9 @@ def _identity(layer_class):
     return {key: serialized[key] for key in ("module", "class_name", "registered_name")}
 
 
-def _arguments_for(to, config, options):
+def _arguments_for(to, config):
     if to is BPTTRNN:
-        return config | keras.saving.serialize_keras_object(options)
+        return config
     if "output_units" in config:
         raise ValueError(
             "A BPTTRNN with an output layer cannot become a SimpleRNN, which has none. "

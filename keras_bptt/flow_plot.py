@@ -58,7 +58,7 @@ def _by_lag(axes, flow, tolerance):
         label = f"window of {k}: bias {100 * tolerance:.3g} %"
         axes.axvline(k - 1, color="grey", linestyle=":", label=label)
     title = _pace(flow)
-    if k is None:
+    if k is None and flow.finite:
         title += f"; no window for a bias of {100 * tolerance:.3g} %"
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("lag: steps back from a loss")

@@ -8,10 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.activations import resolve
+from keras_bptt.finiteness import faults, of_model
+from keras_bptt.flow_inputs import check_batch, check_model, loss_of, nothing_found
 from keras_bptt.layer_flow import LayerFlow, over_examples
 from keras_bptt.layers import BPTTRNN
-from keras_bptt.measurement import Measured, measured, run
+from keras_bptt.measurement import Measured, measured
 from keras_bptt.model_flow import GradientFlow
+from keras_bptt.recording import run
 from keras_bptt.truncation import positive_integer
 
 
@@ -36,13 +39,14 @@ def gradient_flow(
         delta_t = dL/dz_t = a_t * f'(z_t)
 
     for each example, as the layer computes them in training, truncated and clipped as it
-    says; how much of a single loss reaches k steps back; the singular values of the
-    recurrent kernel U and what they allow,
+    says; how much of a single loss reaches k steps back; the norms of the states; the
+    singular values of the recurrent kernel U and what they allow,
 
         |a_{t-1}| <= sigma_max(U) max f' |a_t|      of one loss (Pascanu et al. 2013)
 
-    the share of saturated units; a verdict in words with what is likely to help; and the
-    window that loses no more of the gradient than a tolerance.
+    the share of saturated units; a verdict in words with what is likely to help, or what is
+    not finite; and the window that loses no more of the gradient than a tolerance. What it
+    advises, `convert(model, adjoint_clipnorm=0.07)` puts into a copy of the model.
 
     The numbers are those of the layer's own backward pass: zeros are added to z_t and to
     h_t, and their gradients are delta_t and a_t. The weights and the state of the model
@@ -72,7 +76,9 @@ def gradient_flow(
 
     Raises:
         ValueError: for a model that is not built, or calls no BPTTRNN, or calls it inside a
-            `tf.function`; for a layer that is not there; where no loss is given.
+            `tf.function`; for a layer that is not there; where no loss is given; for a
+            batch without targets, without examples, or of arrays that do not belong
+            together.
 
     Example:
 
@@ -99,35 +105,52 @@ def gradient_flow(
             "`loss_steps` must be a positive integer, so many single losses are followed "
             f"back. Received: loss_steps={loss_steps!r}."
         )
-    _check_model(model, x)
+    check_model(model)
+    check_batch(model, loss, x, y, sample_weight)
     x, y, sample_weight = (
         tf.nest.map_structure(_tensor, t) for t in (x, y, sample_weight)
     )
-    function, scale = _loss(model, loss, x, y, sample_weight)
+    function, scale = loss_of(model, loss, x, y, sample_weight)
 
     def wanted(found):
         return layer is None or found is layer or found.name == layer
 
-    calls, seen = run(model, x, function, wanted, training)
-    if not calls:
-        raise ValueError(_nothing_found(model, layer, seen))
-    layers, numbers = {}, {}
-    for call, gradients in calls:
-        layers[id(call.layer)] = call.layer
-        numbers.setdefault(id(call.layer), []).append(
-            measured(call, gradients, scale, loss_steps)
-        )
-    flows, by_name = {}, {}
-    for key, found in layers.items():
+    done = run(model, x, function, wanted, training)
+    if not done.calls:
+        raise ValueError(nothing_found(model, layer, done.seen))
+    numbers = _numbers(done, scale, loss_steps)
+    roots = functools.cache(
+        lambda: of_model(model, done.calls, x=x, y=y, sample_weight=sample_weight)
+    )
+    flows, layers = {}, {}
+    for found in {id(call.layer): call.layer for call in done.calls}.values():
         name, number = found.name, 2
         while name in flows:
             name, number = f"{found.name}_{number}", number + 1
-        flows[name] = _layer_flow(name, found, Measured.joined(numbers[key]))
-        by_name[name] = found
-    return GradientFlow(flows, by_name)
+        own = [i for i, call in enumerate(done.calls) if call.layer is found]
+        joined = Measured.joined([numbers[i] for i in own])
+        causes = faults(name, [done.calls[i] for i in own], joined, done.loss, roots)
+        flows[name] = _layer_flow(name, found, joined, causes)
+        layers[name] = found
+    return GradientFlow(flows, layers)
 
 
-def _layer_flow(name, layer, numbers):
+def _numbers(done, scale, loss_steps):
+    """What is measured of each call.
+
+    Where the gradient overflows, as it does in float16, the scale of the loss is lowered
+    until it does not, as the optimizer lowers it in training.
+    """
+    while True:
+        several = zip(done.calls, done.cotangents(scale), strict=True)
+        numbers = [measured(call, e, scale, loss_steps) for call, e in several]
+        finite = all(each.finite for each in numbers)
+        if finite or scale <= 1 or not math.isfinite(done.loss):
+            return numbers
+        scale = max(scale / 16, 1.0)
+
+
+def _layer_flow(name, layer, numbers, causes):
     """The flow of a layer, from what was measured and from its weights."""
     off = {}
     if numbers.off is not None:
@@ -155,6 +178,9 @@ def _layer_flow(name, layer, numbers):
         spectral_radius=float(np.abs(np.linalg.eigvals(U)).max()) if finite else np.nan,
         max_slope=_largest_slope(activation, layer.units, layer.compute_dtype),
         **off,
+        state_norms=numbers.state_norms,
+        state_growth=numbers.state_growth,
+        not_finite=causes,
     )
 
 
@@ -171,79 +197,6 @@ def _largest_slope(activation, units, dtype):
 
     here, farther = largest(50.0), largest(60.0)
     return here if farther <= 1.01 * here else math.inf
-
-
-class _Reduced(keras.losses.Loss):
-    """A function of targets and outputs, as a loss: weighted, and the mean of it."""
-
-    def __init__(self, function):
-        super().__init__()
-        self._function = function
-
-    def call(self, y_true, y_pred):
-        return self._function(y_true, y_pred)
-
-
-def _loss(model, loss, x, y, sample_weight):
-    """The loss as a function of the model's outputs, and by what it is scaled."""
-    if loss is not None:
-        loss = keras.losses.get(loss)
-        loss = loss if isinstance(loss, keras.losses.Loss) else _Reduced(loss)
-
-        def given(y_pred):
-            value = loss(y, y_pred, sample_weight=sample_weight)
-            return sum((tf.cast(more, value.dtype) for more in model.losses), value)
-
-        return given, 1.0
-    if not model.compiled:
-        raise ValueError(
-            "There is no loss whose gradient could be followed. Received: loss=None, and a "
-            f"model ({model.name}) that is not compiled. Pass `loss`, such as loss='mse', "
-            "or compile the model."
-        )
-
-    # As in training: float16 would lose small gradients without it.
-    scaled = getattr(model.optimizer, "scale_loss", lambda value: value)
-
-    def compiled(y_pred):
-        return scaled(
-            model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight)
-        )
-
-    return compiled, float(scaled(tf.ones([])))
-
-
-def _check_model(model, x):
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"`model` must be a keras.Model. Received: {model!r}. Put a layer into one: "
-            "keras.Sequential([keras.Input((None, features)), layer])."
-        )
-    if not model.built:
-        raise ValueError(
-            f"`model` must be built, for its weights are what is measured. Received: "
-            f"{model.name}, which has none yet. Call it on a batch, model(x), or begin it "
-            "with keras.Input((timesteps, features))."
-        )
-    if isinstance(x, (tf.data.Dataset, keras.utils.PyDataset)):
-        raise ValueError(
-            f"`x` must be the inputs of one batch. Received: a {type(x).__name__}. Take a "
-            "batch: x, y = next(iter(dataset))."
-        )
-
-
-def _nothing_found(model, layer, seen):
-    if seen:
-        return (
-            f"`layer` must be one of the BPTTRNN layers that the model calls: "
-            f"{', '.join(dict.fromkeys(seen))}. Received: layer={layer!r}."
-        )
-    layers = ", ".join(type(each).__name__ for each in model.layers)
-    return (
-        f"The model must call a BPTTRNN, whose backward pass is what is measured. "
-        f"Received: {model.name}, with the layers {layers}. Put keras_bptt.BPTTRNN in the "
-        "place of keras.layers.SimpleRNN: it takes the same arguments and weights."
-    )
 
 
 def _tensor(value):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_bptt import verdict
+from keras_bptt.advice import advice
 from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
 
 
@@ -47,6 +48,11 @@ class LayerFlow:
         inactive: the share of units that are 0, for each step; None but for relu.
         dead: the share of units that are 0 at every step of every example; None but for
             relu.
+        state_norms: |h_t| (examples, timesteps); infinite where a state is not finite.
+        state_growth: the largest |h_t| as a multiple of what has come in until then,
+            |h_0| + sum |f(x_s W + b)|; at most 1 where `bound` is.
+        not_finite: what is not finite, in words, of that which the numbers rest on: causes
+            (inputs, targets, weights, the initial state), then states and the loss.
 
     Example:
 
@@ -75,6 +81,9 @@ class LayerFlow:
     saturated: np.ndarray | None = None
     inactive: np.ndarray | None = None
     dead: float | None = None
+    state_norms: np.ndarray | None = None
+    state_growth: float = 0.0
+    not_finite: tuple[str, ...] = ()
 
     @property
     def timesteps(self) -> int:
@@ -138,8 +147,14 @@ class LayerFlow:
         return 0.0 if factor == 0 else math.log(0.5) / math.log(factor)
 
     @property
+    def finite(self) -> bool:
+        """Whether what is said of the gradient rests on finite numbers."""
+        return not self.not_finite and bool(np.all(np.isfinite(self.free_lag_norms)))
+
+    @property
     def verdict(self) -> str:
-        """ "healthy", "vanishing", "exploding", "truncated" or "none" (no gradient)."""
+        """The case: "healthy", "vanishing", "exploding", "truncated", "exploding states"
+        (the forward pass does), "not finite" or "none" (no gradient)."""
         return verdict.kind(self)
 
     @property
@@ -149,8 +164,8 @@ class LayerFlow:
 
     @property
     def advice(self) -> list[str]:
-        """What is likely to help, the most likely first."""
-        return verdict.advice(self)
+        """What is likely to help, the most likely first; nothing if it is not finite."""
+        return advice(self)
 
     def truncation_bias(self, steps: int, stride: int | None = None) -> float:
         """An estimate of the relative bias of `Truncation(steps, stride)`.
@@ -193,7 +208,8 @@ class LayerFlow:
                 they take a larger k, unless the loss reads the last state alone.
 
         Returns:
-            k, or None: no window shorter than the sequence will do.
+            k, or None: no window shorter than the sequence will do, or what it would rest
+            on is not `finite`.
         """
         check_tolerance(tolerance)
         if stride is not None and not positive_integer(stride):
@@ -201,6 +217,8 @@ class LayerFlow:
                 "`stride` must be a positive integer, the length of a block, or None. "
                 f"Received: stride={stride!r}."
             )
+        if not self.finite:
+            return None
         biases = self._biases(1 if self.last_step_only else stride)
         enough = np.flatnonzero(biases[:-1] <= tolerance)
         return int(enough[0]) + 1 if len(enough) else None
@@ -273,7 +291,7 @@ def is_number(value):
 def _plain(value):
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
         return float(value) if math.isfinite(value) else None

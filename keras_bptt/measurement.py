@@ -1,10 +1,10 @@
-"""What is measured of a layer while its model computes a loss and its gradient.
+"""What is measured of one call of a layer: how the gradient flows back through it.
 
-A model is run once, eagerly, under a tape, which gives the cotangents that each call of a
-layer receives. The rest is measured of that call alone, by the probe of `probe.py`: delta_t
-and a_t as they are in training; and what a single loss sends back, from the cotangent of
-one step, with the layer's truncation and clipping, and without. These are cached graphs, in
-which the weights' gradients, that nobody asks for, are pruned.
+Given the cotangents that the call receives, by the probe of `probe.py`: delta_t and a_t as
+they are in training; and what a single loss sends back, from the cotangent of one step,
+with the layer's truncation and clipping, and without. These are cached graphs, in which the
+weights' gradients, that nobody asks for, are pruned. And the states, beside what has come
+in.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.execution import run as graphed
-from keras_bptt.explicit import cut_off
 from keras_bptt.masks import packing, processing_order
-from keras_bptt.probe import linearised, observed
+from keras_bptt.probe import linearised
 from keras_bptt.tensors import filled, size_of
 from keras_bptt.truncated import truncated_recurrence
 from keras_bptt.truncation import Truncation
@@ -30,46 +29,6 @@ _OFF = {
     "sigmoid": lambda h: h * (1 - h) < _SATURATED / 4,
     "relu": lambda h: h <= 0,
 }
-
-
-class Call(NamedTuple):
-    """One call of a layer: what it was given, and what its loss sends back to it."""
-
-    layer: keras.Layer
-    options: object
-    constants: object
-    arguments: tuple
-    outputs: tuple
-
-
-class Recorder:
-    """Keeps the recurrences of the layers that are wanted, and watches their outputs."""
-
-    def __init__(self, tape, wanted):
-        self.tape, self.wanted = tape, wanted
-        self.calls, self.seen = [], []
-
-    def __call__(self, layer, options, constants, *arguments):
-        self.seen.append(layer.name)
-        if not self.wanted(layer):
-            return truncated_recurrence(options, constants, *arguments)
-        if not tf.executing_eagerly():
-            raise ValueError(
-                f"The gradient flow of a layer is measured where the model calls it "
-                f"eagerly. Received: {layer.name}, called inside a tf.function. Take the "
-                "tf.function, or the tf.map_fn, off the model for the measurement."
-            )
-        # Not compiled: for a single run it would not pay.
-        options = dataclasses.replace(
-            options, keep_states=True, unroll=False, jit_compile=False
-        )
-        outputs = truncated_recurrence(options, constants, *arguments)
-        # The output and the state may be one tensor, which would have both cotangents.
-        outputs = tuple(map(tf.identity, outputs))
-        self.tape.watch(outputs)
-        arguments = tf.nest.map_structure(cut_off, arguments)
-        self.calls.append(Call(layer, options, constants, arguments, outputs))
-        return outputs
 
 
 class Lags(NamedTuple):
@@ -101,7 +60,10 @@ class Measured(NamedTuple):
     """Numbers for each example and step, in the order of processing; masked steps are NaN.
 
     Attributes:
-        adjoint_norms, delta_norms: (examples, timesteps).
+        adjoint_norms, delta_norms, state_norms: (examples, timesteps); inf where one is not
+            finite.
+        state_growth: the largest |h_t| as a multiple of all that has come in until then.
+        arrives: whether what the loss sends to the layer is finite.
         lags, free_lags: as the layer truncates and clips; without.
         off: the share of units that are saturated or, of a relu, inactive (examples,
             timesteps). None: another activation.
@@ -110,6 +72,9 @@ class Measured(NamedTuple):
 
     adjoint_norms: np.ndarray
     delta_norms: np.ndarray
+    state_norms: np.ndarray
+    state_growth: float
+    arrives: bool
     lags: Lags
     free_lags: Lags
     off: np.ndarray | None
@@ -118,7 +83,9 @@ class Measured(NamedTuple):
     @classmethod
     def joined(cls, several):
         """Of several calls of a layer: as if their examples had come in one."""
-        adjoint, delta, own, free, off, always = zip(*several, strict=True)
+        adjoint, delta, states, growth, arrives, own, free, off, always = zip(
+            *several, strict=True
+        )
         steps = max(norms.shape[1] for norms in adjoint)
 
         def stacked(arrays):
@@ -133,29 +100,20 @@ class Measured(NamedTuple):
         return cls(
             stacked(adjoint),
             stacked(delta),
+            stacked(states),
+            max(growth),
+            all(arrives),
             Lags.joined(own),
             Lags.joined(free),
             None if off[0] is None else stacked(off),
             None if off[0] is None else np.all(always, axis=0),
         )
 
-
-def run(model, x, loss, wanted, training):
-    """Run the model and `loss(y_pred)`; return the calls, their cotangents, and all names.
-
-    The state of the model stays as it is: what stateful layers, batch normalisation, seeds
-    and metrics would assign goes to the scope, and with it.
-    """
-    scope = keras.StatelessScope(collect_losses=True)
-    # Of the outputs of these layers alone: what lies before them needs no gradient.
-    with tf.GradientTape(watch_accessed_variables=False) as tape, scope:
-        recorder = Recorder(tape, wanted)
-        with observed(recorder):
-            value = loss(model(x, training=training))
-    sources = [call.outputs for call in recorder.calls]
-    zero = tf.UnconnectedGradients.ZERO
-    gradients = tape.gradient(value, sources, unconnected_gradients=zero)
-    return list(zip(recorder.calls, gradients, strict=True)), recorder.seen
+    @property
+    def finite(self):
+        """Whether the gradient is, at every real step."""
+        numbers = self.adjoint_norms, self.delta_norms, self.free_lags.reached
+        return self.arrives and not any(np.isinf(n).any() for n in numbers)
 
 
 def measured(call, cotangents, scale, loss_steps):
@@ -187,13 +145,28 @@ def measured(call, cotangents, scale, loss_steps):
 
         return _lags(back, _norms(e), mask, loss_steps)
 
-    h, free_lags, *norms = sent_back(free, None)
+    free_lags, *norms = sent_back(free, None)
     own_lags = free_lags
     if options != free or factors is not None:
-        _, own_lags, *norms = sent_back(options, factors)
+        own_lags, *norms = sent_back(options, factors)
     delta, a = (_in_place(n.numpy() / scale, order, real) for n in norms)
+    each = dataclasses.replace(free, **packed)
+    given = constants._replace(mask=mask, factors=None)
+    h, alone = (t.numpy() for t in graphed(_states, each, given, *arguments))
+    growth = 0.0
+    if _finite(U):
+        growth = _growth(h, alone, h_0.numpy(), None if mask is None else mask.numpy())
+    states = _in_place(_state_norms(h), order, real)
     off = _off(call.layer.activation, h, order, real)
-    return Measured(a, delta, own_lags, free_lags, *off)
+    return Measured(a, delta, states, growth, _finite(e), own_lags, free_lags, *off)
+
+
+def _states(options, constants, x, W, U, h_0, *others):
+    """h_t; and what it would be without a recurrence, f(x_t W + b)."""
+    h, _ = truncated_recurrence(options, constants, x, W, U, h_0, *others)
+    U, h_0 = tf.zeros_like(U), tf.zeros_like(h_0)
+    alone, _ = truncated_recurrence(options, constants, x, W, U, h_0, *others)
+    return h, alone
 
 
 def _cotangents(options, constants, cotangents, *arguments):
@@ -218,11 +191,11 @@ def _adjoint(options, constants, cotangents, *arguments):
 
 
 def _sent_back(options, constants, places, e, *arguments):
-    """h, and of the loss at each place the norms of delta and a (places, batch, timesteps).
+    """Of the loss at each place the norms of delta and a (places, batch, timesteps).
 
     Of all losses at a place that is negative.
     """
-    (h, state), back = linearised(options, constants, *arguments)
+    (_, state), back = linearised(options, constants, *arguments)
     state = tf.zeros_like(state)
 
     def norms(s):
@@ -232,23 +205,54 @@ def _sent_back(options, constants, places, e, *arguments):
 
     # One by one: together they would take so many times the memory, and no less time.
     how = {"fn_output_signature": (tf.float64,) * 2, "parallel_iterations": 1}
-    return h, *tf.map_fn(norms, places, **how)
+    return tf.map_fn(norms, places, **how)
 
 
 def _lags(back, sent, mask, loss_steps):
-    """h, what single losses send back, and the norms of delta and a; in packed order."""
+    """What single losses send back, and the norms of delta and a; in packed order."""
     sent = sent.numpy()
     steps = sent.shape[1]
     real = np.ones(sent.shape, bool) if mask is None else mask.numpy()
     losses = np.flatnonzero(np.any(sent > 0, axis=0))
     lags = Lags(np.zeros(steps), np.zeros(steps), losses.tolist() == [steps - 1])
     places = _spread(losses, loss_steps)
-    h, delta, a = back(tf.constant([-1, *places], tf.int32))
+    delta, a = back(tf.constant([-1, *places], tf.int32))
     for s, alone in zip(places, a[1:].numpy(), strict=True):
         reached = np.where(real, alone, 0)[:, s::-1]
         lags.reached[: s + 1] += reached.sum(0)
         lags.sent[: s + 1] += np.where(real[:, s::-1], sent[:, s, None], 0).sum(0)
-    return h, lags, delta[0], a[0]
+    return lags, delta[0], a[0]
+
+
+def _state_norms(h):
+    """|h_t| in float64, where no finite one overflows; inf where one is not finite."""
+    h = np.abs(h.astype(np.float64))
+    largest = h.max(-1, keepdims=True, initial=1e-300)
+    with np.errstate(invalid="ignore"):  # inf / inf
+        norms = largest[..., 0] * np.linalg.norm(h / largest, axis=-1)
+    return np.where(np.isnan(norms), np.inf, norms)
+
+
+def _growth(h, alone, h_0, real):
+    """The largest |h_t| as a multiple of what has come in: |h_0| + sum |f(x_s W + b)|.
+
+    Where no step multiplies by more than 1, sigma_max(U) max f' <= 1, it is at most 1. A
+    NaN is no growth, an overflow of finite numbers is; 0 where something else than the
+    recurrence overflows.
+    """
+    h = np.where(np.isnan(h), 0, h)
+    alone = (
+        _state_norms(alone) if real is None else np.where(real, _state_norms(alone), 0)
+    )
+    came_in = _state_norms(h_0)[:, None] + np.cumsum(alone, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        growth = np.where(np.isfinite(came_in), _state_norms(h) / came_in, 0)
+    growth = growth if real is None else np.where(real, growth, 0)
+    return float(np.nan_to_num(growth, nan=0, posinf=np.inf).max(initial=0))
+
+
+def _finite(t):
+    return bool(tf.reduce_all(tf.math.is_finite(t)))
 
 
 def _spread(places, number):
@@ -268,7 +272,7 @@ def _off(activation, h, order, real):
     name = getattr(activation, "__name__", None)
     if name not in _OFF or activation is not getattr(keras.activations, name):
         return None, None
-    off = _OFF[name](h.numpy().astype(np.float64))
+    off = _OFF[name](h.astype(np.float64))
     share = _in_place(off.mean(2), order, real)
     always = (
         off if real is None else off | ~np.take_along_axis(real, order, 1)[..., None]

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_bptt.gradient_flow import gradient_flow
 from keras_bptt.layer_flow import over_examples
 from keras_bptt.truncation import positive_integer
+from keras_bptt.wording import described
 
 
 class MeasuringCallback(keras.callbacks.Callback):
@@ -83,20 +84,15 @@ def check_positive(name, value, meaning):
 
 
 def _check_batch(batch):
-    given = _described(batch)
+    given = described(batch)
     if isinstance(batch, tuple) and len(batch) in (2, 3):
         leaves = [t for t in tf.nest.flatten(batch) if t is not None]
         sizes = {t.shape[0] if getattr(t, "shape", ()) else None for t in leaves}
         if len(sizes) == 1 and sizes.pop():
             return
-        given = f"a tuple of {', '.join(dict.fromkeys(map(_described, leaves)))}"
+        given = f"a tuple of {', '.join(dict.fromkeys(map(described, leaves)))}"
     raise ValueError(
         "`validation_batch` must be one batch, a tuple (x, y) or (x, y, sample_weight) of "
         f"arrays or tensors with as many examples, at least one. Received: {given}. Pass "
         "(x, y), of a dataset next(iter(dataset))."
     )
-
-
-def _described(value):
-    shape = getattr(value, "shape", None)
-    return type(value).__name__ + (f" of shape {tuple(shape)}" if shape else "")

@@ -8,6 +8,7 @@ from helpers import FLOAT32, B, D, H, T, relative_error, rng, without_graphs
 from keras import layers
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, convert
+from keras_bptt.inside import layers_inside
 
 # Two sums of the same numbers in float32, in another order.
 SAME = 1e-6
@@ -157,16 +158,134 @@ def test_options_are_those_of_every_layer():
     assert randomized.forward_layer.truncation == RandomizedTruncation(4, seed=2)
 
 
-def test_layers_that_are_there_already_stay():
-    model = keras.Sequential(
+def both_kinds():
+    return keras.Sequential(
         [
             keras.Input((None, D)),
-            BPTTRNN(H, return_sequences=True, truncation=7),
+            BPTTRNN(H, return_sequences=True, truncation=7, jit_compile=False),
             layers.SimpleRNN(5),
         ]
     )
-    there = convert(model, truncation=2)
-    assert [layer.truncation.steps for layer in there.layers] == [7, 2]
+
+
+def test_layers_that_are_there_already_get_the_options_too():
+    """And keep what is not named; without options they stay as they are."""
+    there = convert(both_kinds(), truncation=2)
+    assert [layer.truncation.steps for layer in there.layers] == [2, 2]
+    assert [layer.jit_compile for layer in there.layers] == [False, "auto"]
+    there = convert(both_kinds())
+    assert [layer.truncation for layer in there.layers] == [Truncation(7), None]
+
+
+CHANGES = {
+    "truncation": (Truncation(3, 1), Truncation(2)),
+    "checkpoint_every": (4, "sqrt"),
+    "adjoint_clipnorm": (0.5, 0.07),
+    "jit_compile": (False, True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@without_graphs()
+def test_an_option_alone_changes(name):
+    """Everywhere in the model; the others stay, and so do outputs and configuration."""
+    model, x = convert(model_of("Bidirectional")), data()
+    for value in (*CHANGES[name], {"jit_compile": "auto"}.get(name)):
+        before = model.layers[0].forward_layer.get_config()
+        model = convert(model, **{name: value})
+        for layer in (model.layers[0].forward_layer, model.layers[0].backward_layer):
+            assert getattr(layer, name) == value
+        after = model.layers[0].forward_layer.get_config()
+        before.pop(name, None), after.pop(name, None)
+        assert after == before
+        if value is not True:
+            expected = model_of("Bidirectional")
+            expected.set_weights(model.get_weights())
+            assert relative_error(model(x), expected(x)) < SAME
+    assert name not in model.layers[0].forward_layer.get_config()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@without_graphs()
+def test_an_option_alone_changes_wherever_the_layer_is(name):
+    model, x = convert(model_of(name)), data()
+    there = convert(model, adjoint_clipnorm=0.07)
+    found = [each for _, each in layers_inside(there) if type(each) is BPTTRNN]
+    assert found and {each.adjoint_clipnorm for each in found} == {0.07}
+    assert relative_error(there(x), model(x)) < SAME
+    found = [each for _, each in layers_inside(model) if type(each) is BPTTRNN]
+    assert {each.adjoint_clipnorm for each in found} == {None}
+
+
+def test_an_output_layer_stays():
+    layer = BPTTRNN(H, output_units=2, output_activation="sigmoid", dropout=0.1)
+    model, x = keras.Sequential([keras.Input((None, D)), layer]), data()
+    there = convert(model, truncation=2, unroll=3)
+    assert there.layers[0].output_layer.units == 2
+    assert relative_error(there(x), model(x)) < SAME
+    own = model.layers[0].get_config()
+    assert there.layers[0].get_config() == own | {
+        "truncation": keras.saving.serialize_keras_object(Truncation(2)),
+        "unroll": 3,
+    }
+
+
+def gradients_of(model, x, y):
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((y - model(x, training=True)) ** 2)
+    return [g.numpy() for g in tape.gradient(loss, model.trainable_variables)]
+
+
+def test_training_goes_on_with_the_option():
+    """The moments of the optimizer, and from the next step on the gradient of a window."""
+    x, y = data(), rng(2).normal(size=(B, 2)).astype("float32")
+    model = convert(model_of("plain"), jit_compile=False)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse", run_eagerly=True)
+    model.fit(x, y, epochs=2, verbose=0)
+    there = convert(model, truncation=1)
+    assert there.optimizer.iterations.numpy() == 2
+    full, window = (gradients_of(each, x, y) for each in (model, there))
+    # A window of one step: h_{t-1} counts as given.
+    layer = BPTTRNN(H, "relu", truncation=1, jit_compile=False)
+    reference = keras.Sequential([keras.Input((None, D)), layer, layers.Dense(2)])
+    reference.set_weights(model.get_weights())
+    for got, expected in zip(window, gradients_of(reference, x, y), strict=True):
+        assert relative_error(got, expected) < FLOAT32
+    assert relative_error(window[1], full[1]) > 0.1
+    moments = [v.numpy() for v in model.optimizer.variables if "momentum" in v.path]
+    before = there.get_weights()
+    there.fit(x, y, verbose=0)
+    for b, a, m, g in zip(before, there.get_weights(), moments, window, strict=True):
+        np.testing.assert_allclose(a, b + 0.9 * m - 0.1 * g, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("unroll", [1, 3, True, False])
+@without_graphs()
+def test_unroll_alone_changes(unroll):
+    body = [keras.Input((T, D)), layers.SimpleRNN(H), layers.Dense(2)]
+    model, x = keras.Sequential(body), data()
+    there = convert(convert(model, unroll=2), unroll=unroll)
+    assert there.layers[0].get_config()["unroll"] is unroll or unroll == 3
+    assert there.layers[0].get_config()["unroll"] == unroll
+    assert relative_error(there(x), model(x)) < SAME
+    if isinstance(unroll, bool):
+        for each in (model, there):
+            back = convert(each, to=layers.SimpleRNN, unroll=unroll)
+            assert back.layers[0].unroll is unroll
+            assert classes(back) == {"SimpleRNN"}
+            assert relative_error(back(x), model(x)) < SAME
+
+
+def test_one_step_an_iteration_for_onnx():
+    """What the converter asks for: no list is written more than once an iteration."""
+    model = convert(keras.Sequential([keras.Input((None, D)), layers.SimpleRNN(H)]))
+    model.layers[0].return_sequences = True
+    call = tf.function(
+        convert(model, unroll=1), input_signature=[tf.TensorSpec((None, None, D))]
+    )
+    graph = call.get_concrete_function().graph.as_graph_def()
+    nodes = [n.op for f in graph.library.function for n in f.node_def]
+    assert nodes.count("TensorListSetItem") == 1
 
 
 def test_number_of_steps_an_iteration():
@@ -244,23 +363,114 @@ def test_weights_file_of_the_other_class(tmp_path):
     assert relative_error(convert(empty)(data()), model(data())) < SAME
 
 
+class Attributes(keras.Model):
+    """Makes its layers itself, and its configuration says nothing of them."""
+
+    made = layers.SimpleRNN
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._first = self.made(H, return_sequences=True)
+        self.blocks = [layers.Dense(D), {"last": layers.Bidirectional(self.made(5))}]
+
+    def call(self, x):
+        return self.blocks[1]["last"](self.blocks[0](self._first(x)))
+
+
+class AttributesOfBPTTRNN(Attributes):
+    made = BPTTRNN
+
+
+class Given(keras.Model):
+    """Gets what no configuration can have, and has no `get_config`."""
+
+    def __init__(self, made, **kwargs):
+        super().__init__(**kwargs)
+        self.rnn = made(H)
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class MadeInside(layers.Layer):
+    """The same as a layer, of which a copy can be made."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.rnn = layers.SimpleRNN(H, return_sequences=True)
+
+    def build(self, shape):
+        self.rnn.build(shape)
+
+    def call(self, x):
+        return self.rnn(x)
+
+
+def lstm():
+    return keras.Sequential([keras.Input((None, D)), layers.LSTM(3), layers.Dense(2)])
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: convert("model.keras"), ["keras.Model", "'model.keras'", "str"]),
+        (
+            lambda m: convert("model.keras"),
+            ["keras.Model", "'model.keras'", "str", "keras.models.load_model"],
+        ),
+        (lambda m: convert([m, m]), ["keras.Model", "of type list", "one by one"]),
         (
             lambda m: convert(m, to=layers.LSTM),
             ["BPTTRNN or keras.layers.Simple", "LSTM"],
         ),
         (lambda m: convert(m, to="SimpleRNN"), ["the class", "'SimpleRNN'"]),
         (lambda m: convert(m, units=3), ["truncation, checkpoint_every", "units=3"]),
+        (lambda m: convert(m, truncate=3), ["Did you mean 'truncation'?"]),
+        (lambda m: convert(m, clipnorm=3), ["Did you mean 'adjoint_clipnorm'?"]),
         (lambda m: convert(m, truncation=0), ["positive integer", "truncation=0"]),
+        (lambda m: convert(m, unroll=0), ["`unroll`", "unroll=0"]),
+        (lambda m: convert(m, unroll="yes"), ["`unroll`", "unroll='yes'"]),
+        (lambda m: convert(m, unroll=None), ["`unroll`", "unroll=None"]),
+        (
+            lambda m: convert(convert(m), to=layers.SimpleRNN, unroll=1),
+            ["`unroll` of a SimpleRNN must be True", "unroll=1", "Pass False"],
+        ),
         (
             lambda m: convert(convert(m), to=layers.SimpleRNN, truncation=3),
-            ["none at all", "truncation=3"],
+            ["may be unroll:", "truncation=3"],
         ),
-        (lambda m: convert(convert(m)), ["hold a SimpleRNN", "holds none"]),
-        (lambda m: convert(m, to=layers.SimpleRNN), ["hold a BPTTRNN", "holds none"]),
+        (
+            lambda m: convert(convert(m)),
+            ["hold a SimpleRNN", "holds BPTTRNN alone", "such as truncation=20"],
+        ),
+        (
+            lambda m: convert(m, to=layers.SimpleRNN),
+            ["hold a BPTTRNN", "holds SimpleRNN alone", "such as unroll=True"],
+        ),
+        (lambda m: convert(lstm()), ["hold a SimpleRNN", "holds none: LSTM, Dense"]),
+        (
+            lambda m: convert(lstm(), truncation=3),
+            ["hold a SimpleRNN", "or a BPTTRNN, to get the options", "none: LSTM"],
+        ),
+        (
+            lambda m: convert(Attributes(name="net")),
+            [
+                "in its configuration",
+                "model='net', which makes them itself: ",
+                "blocks[1]['last'].forward_layer, blocks[1]['last'].backward_layer",
+                "_first",
+                "new.set_weights",
+            ],
+        ),
+        (
+            lambda m: convert(AttributesOfBPTTRNN(), truncation=3),
+            ["makes them itself: _first, blocks[1]['last'].forward_layer"],
+        ),
+        (
+            lambda m: convert(Given(layers.SimpleRNN, name="net")),
+            ["a class has none", "convert in rnn.", "get_config"],
+        ),
+        (
+            lambda m: convert(keras.Sequential([MadeInside()])),
+            ["makes them itself: layers[0].rnn."],
+        ),
         (
             lambda m: convert(BPTTRNN(3, output_units=2, name="r"), layers.SimpleRNN),
             ["output layer", "'r'", "output_units=2"],
@@ -272,6 +482,22 @@ def test_errors(call, words):
         call(model_of("plain"))
     for word in words:
         assert word in str(raised.value)
+
+
+def test_layers_that_a_class_makes_are_warned_of():
+    """Where others are converted: the copy says that it is not what it seems."""
+    model = keras.Sequential([keras.Input((None, D)), MadeInside(), *plain()])
+    with pytest.warns(UserWarning, match=r"not converted.*: layers\[0\]\.rnn\. Change"):
+        there = convert(model)
+    assert type(there.layers[0].rnn) is layers.SimpleRNN
+    assert type(there.layers[1]) is BPTTRNN
+    assert relative_error(there(data()), model(data())) < SAME
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_warned_of_where_all_are_converted():
+    for name in MODELS:
+        convert(convert(model_of(name), truncation=3), checkpoint_every=None)
 
 
 def test_what_preprocessing_has_adapted_to_is_copied():

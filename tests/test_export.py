@@ -1,6 +1,7 @@
 """Configuration, saving, training with `fit`, and models that leave without the package."""
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -488,6 +489,28 @@ def test_a_gradient_that_was_not_saved_raises(windows, tmp_path):
     np.testing.assert_allclose(y, windows[0](x), rtol=1e-5, atol=1e-6)
     with NO_GRADIENT:
         tape.gradient(y, x)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "batch_jacobian"])
+def test_jacobian_of_a_loaded_model(name, windows):
+    """TensorFlow's vectorised one cannot take the saved gradient, and says so."""
+    model, path = windows
+    loaded = tf.saved_model.load(path)
+    x = tf.constant(example(0, False))
+
+    def jacobian(call, **options):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = call(x)
+        return getattr(tape, name)(y, x, **options)
+
+    with pytest.raises((ValueError, TypeError, LookupError)):
+        jacobian(loaded.serve)
+    one_by_one = functools.partial(jacobian, experimental_use_pfor=False)
+    got = tf.function(one_by_one)(loaded.serve)
+    assert relative_error(got, tf.function(one_by_one)(model)) < FLOAT32
+    # Of windows of 3 steps: what lies before them has no part.
+    assert np.all(got[..., 0, :] == 0) and np.any(got[..., -1, :] != 0)
 
 
 @needs_keras("3.15", "training a TFSMLayer")

@@ -312,6 +312,31 @@ def test_the_sparkline_is_logarithmic_and_steady_where_nothing_happens():
     assert len({c for c in bars if c in "▁▂▃▄▅▆▇█"}) == 1
 
 
+def masked_report(real):
+    """The report of norms 1, 2, ... at the real steps, and its row over t."""
+    norms = np.where(real, np.arange(1.0, T + 1), np.nan) + np.zeros((5, 1))
+    text = flow_of(decay(0.9), adjoint_norms=norms, saturated=norms[0]).summary()
+    assert "nan" not in text
+    return next(row for row in text.splitlines() if "|dL/dh_t|" in row)
+
+
+def test_the_ends_of_a_report_are_real_steps():
+    steps = np.arange(T)
+    assert "  1 ... 40, t = 1 ... 40" in masked_report(steps >= 0)
+    assert "  1 ... 33, t = 1 ... 33" in masked_report(steps < 33)
+    assert "  8 ... 40, t = 8 ... 40" in masked_report(steps >= 7)
+    assert "  3 ... 3, t = 3 ... 3" in masked_report(steps == 2)
+    assert masked_report(steps < 0).endswith("nothing")
+
+
+def test_holes_of_a_mask_do_not_hide_the_steps_between():
+    """Of 40 steps some are drawn in pairs: what is known of a pair is drawn."""
+    row = masked_report(np.arange(T) % 2 == 0)
+    bars = [c for c in row if c in "▁▂▃▄▅▆▇█"]
+    assert len(bars) == 20, "each real step; the holes alone are blank"
+    assert bars == sorted(bars)
+
+
 DRAWN = ("vanishing", "not finite", "none", "masked")
 
 
