@@ -19,7 +19,7 @@ RANKS = [
     ["execution", "explicit", "activations", "loops", "scans"],
     ["passes", "masks", "blocks", "shards", "windows", "sliding"],
     ["residuals", "fused", "recurrence", "truncated", "probe"],
-    ["arguments", "output_layer", "layers"],
+    ["arguments", "calls", "cells", "output_layer", "layers"],
     ["conversion"],
     [
         "measurement",
