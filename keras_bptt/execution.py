@@ -24,8 +24,9 @@ def run(function: Callable, options, *tensors):
         for option in tf.nest.flatten(options)
     )
     shapes = _shapes(tensors)
-    key = tuple(shapes if one_length else (shape[-1] for shape in shapes))
-    return _graph(function, options, key, False, _switches())(*tensors)
+    known = shapes if one_length else (shape[-1] for shape in shapes)
+    key = (*known, _switches())
+    return _graph(function, options, key, False)(*tensors)
 
 
 def call(function: Callable, options, jit_compile, *tensors):
@@ -37,8 +38,8 @@ def call(function: Callable, options, jit_compile, *tensors):
     """
     if within_xla():
         return function(options, *tensors)
-    key = tuple(_shapes(tensors))
-    return _graph(function, options, key, jit_compile, _switches())(*tensors)
+    key = (*_shapes(tensors), _switches())
+    return _graph(function, options, key, jit_compile)(*tensors)
 
 
 def _shapes(tensors):
@@ -47,7 +48,7 @@ def _shapes(tensors):
 
 
 @functools.lru_cache(maxsize=256)
-def _graph(function, options, key, jit_compile, switches):
+def _graph(function, options, key, jit_compile):
     graph = tf.function(
         functools.partial(function, options),
         reduce_retracing=True,
