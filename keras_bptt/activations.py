@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bptt.execution import op_callbacks
 from keras_bptt.explicit import vjp
 from keras_bptt.tensors import widened
 
@@ -89,14 +90,17 @@ def _cast_around(function, dtype):
     return lambda z: tf.cast(function(tf.cast(z, dtype)), z.dtype)
 
 
-def resolve(function: Callable, units: int, dtype: str) -> Activation:
+def resolve(function: Callable | None, units: int, dtype: str) -> Activation:
     """Return the `Activation` of `function`, probing it where it is not a known one.
+
+    None is linear, as it is to a cell of Keras.
 
     Raises:
         ValueError: where `function` changes the shape or dtype of its input, reads a
             trainable variable, mixes the examples of a batch, or gives two results for
             one input.
     """
+    function = keras.activations.linear if function is None else function
     if function in _KNOWN:
         return Activation(function, _KNOWN[function])
     # Probe with numbers, also where a graph is being traced.
@@ -104,14 +108,19 @@ def resolve(function: Callable, units: int, dtype: str) -> Activation:
         return Activation(function, mixes=_probe(function, units, dtype))
 
 
-@functools.lru_cache(maxsize=256)
 def xla_compiles(activation: Activation, units: int, dtype: str) -> bool:
-    """Whether XLA can compile the activation and its derivative."""
-    if not tf.test.is_built_with_xla():
+    """Whether XLA can compile the activation and its derivative, as things are now."""
+    # Where tf.debugging looks at every operation, it adds some that XLA does not know.
+    if not tf.test.is_built_with_xla() or op_callbacks():
         return False
-    if activation.slope_of_output is not None:
+    # Where all runs eagerly, nothing would be compiled that could tell, or could fail.
+    if activation.slope_of_output is not None or tf.config.functions_run_eagerly():
         return True
+    return _xla_compiles(activation, units, dtype)
 
+
+@functools.lru_cache(maxsize=256)
+def _xla_compiles(activation, units, dtype):
     @tf.function(jit_compile=True, autograph=False)
     def both(z):
         return activation.function(z), activation.vjp(z, z)

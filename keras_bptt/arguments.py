@@ -3,12 +3,40 @@
 The functions that check an argument return it as it is to be kept.
 """
 
+import inspect
 import math
 import numbers
 
+import numpy as np
 import tensorflow as tf
 
 from keras_bptt.truncation import positive_integer
+from keras_bptt.wording import nearest
+
+# Taken by every layer and recurrent layer, as a signature does not tell.
+_OF_ANY_LAYER = ("name", "dtype", "trainable", "zero_output_for_mask")
+
+
+def joined_signature(own, hosts):
+    """The parameters of the host, then the keyword-only ones of `own`."""
+    hosts = inspect.signature(hosts)
+    *parameters, rest = hosts.parameters.values()
+    added = inspect.signature(own).parameters.values()
+    parameters += [p for p in added if p.kind is p.KEYWORD_ONLY]
+    return hosts.replace(parameters=[*parameters, rest])
+
+
+def misspelled(error, given, function):
+    """The host's error, with what arguments that it does not know may mean."""
+    known = [*inspect.signature(function).parameters, *_OF_ANY_LAYER]
+    unknown = [n for n in given if n not in known and repr(n) in str(error)]
+    if not unknown:
+        return error
+    hints = ["help(keras_bptt.BPTTRNN) names the arguments."]
+    for name in unknown:
+        if (match := nearest(name, known)) is not None:
+            hints.insert(-1, f"Did you mean `{match}` by `{name}`?")
+    return ValueError(f"{error}. " + " ".join(hints))
 
 
 def units_of(value):
@@ -52,7 +80,8 @@ def checkpoint_every_of(value):
     return int(value)
 
 
-def clipnorm_of(value):
+def clipnorm_of(value, dtype):
+    """`dtype`: in which the layer computes."""
     if value is None:
         return None
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -61,6 +90,13 @@ def clipnorm_of(value):
             "`adjoint_clipnorm` must be a positive finite number, the largest norm of "
             f"dL/dh_t for one example, or None. Received: adjoint_clipnorm={value!r}. Pass "
             "None to clip nothing."
+        )
+    if dtype == "float16":
+        raise ValueError(
+            "`adjoint_clipnorm` is for compute dtypes of a wider range: in float16 the "
+            "loss is scaled, and the cotangents that are clipped with it. Received: "
+            f"adjoint_clipnorm={value!r}, compute dtype float16. Use "
+            "'mixed_bfloat16' or 'float32'."
         )
     return float(value)
 
@@ -80,12 +116,19 @@ def unroll_of(value):
             "`unroll` must be True (write every step into the graph), False, or a positive "
             f"integer, so many steps an iteration of the loop. Received: unroll={value!r}."
         )
-    return value
+    return value if isinstance(value, bool) else int(value)
 
 
-def check_inputs(name, shape, features=None):
-    """`features`: what the layer was built for, if it was."""
-    if len(shape) != 3 or shape[-1] is None:
+def all_steps(unroll):
+    """What `unroll` is to the host: true where all steps are written into the graph."""
+    # Keras skips an assignment of the very object that an attribute has. After a number it
+    # must not be False, else `unroll = False` would be lost.
+    return unroll if isinstance(unroll, bool) else np.False_
+
+
+def check_inputs(name, shape, features=None, building=False):
+    """`features`: what the layer was built for, if it was; `building` asks for them."""
+    if len(shape) != 3 or (building and shape[-1] is None):
         raise ValueError(
             f"{name} takes inputs of shape (batch, timesteps, features) with a fixed "
             f"number of features. Received: shape {tuple(shape)}. Add the missing axis "
@@ -97,19 +140,33 @@ def check_inputs(name, shape, features=None):
             f"{name} takes inputs of at least one timestep. Received: shape "
             f"{tuple(shape)}. Leave out empty sequences."
         )
-    if features not in (None, shape[-1]):
+    if None not in (features, shape[-1]) and features != shape[-1]:
         raise ValueError(
             f"{name} was built for inputs with {features} features. Received: shape "
             f"{tuple(shape)}. Pass inputs with as many features, or make another layer."
         )
 
 
+def check_dense(name, sequences):
+    remedies = {
+        tf.RaggedTensor: "x.to_tensor() and mask=tf.sequence_mask(x.row_lengths()), which "
+        "skips what it fills up",
+        tf.SparseTensor: "tf.sparse.to_dense(x)",
+    }
+    for kind, remedy in remedies.items():
+        if isinstance(sequences, kind):
+            raise ValueError(
+                f"{name} takes dense tensors (batch, timesteps, features). Received: a "
+                f"{kind.__name__} of shape {tuple(sequences.shape)}. Pass {remedy}."
+            )
+
+
 def check_mask(name, shape, mask):
     if mask is None:
         return
-    given = tuple(mask.shape)
-    steps = given[:2] if len(given) == 3 and given[2] == 1 else given
-    if not _compatible(steps, shape[:2]):
+    given = tf.TensorShape(mask.shape)
+    steps = given[:2] if given.rank == 3 and given[2] in (1, None) else given
+    if not steps.is_compatible_with(shape[:2]):
         raise ValueError(
             f"{name} takes a `mask` of shape (batch, timesteps), here "
             f"{tuple(shape[:2])}. Received: shape {given}. Pass one boolean for each step "
@@ -121,15 +178,12 @@ def check_state(name, shape, units, initial_state):
     if initial_state is None:
         return
     nested = isinstance(initial_state, (list, tuple))
-    given = [tuple(s.shape) for s in (initial_state if nested else [initial_state])]
+    states = initial_state if nested else [initial_state]
+    given = [tf.TensorShape(state.shape) for state in states]
     expected = (shape[0], units)
-    if len(given) != 1 or not _compatible(given[0], expected):
+    if len(given) != 1 or not given[0].is_compatible_with(expected):
         raise ValueError(
             f"{name} takes one `initial_state` of shape (batch, units), here "
             f"{expected}. Received: {len(given)} of shape "
             f"{', '.join(map(str, given))}. Pass one state for each example."
         )
-
-
-def _compatible(given, expected):
-    return tf.TensorShape(given).is_compatible_with(expected)

@@ -24,7 +24,8 @@ def run(function: Callable, options, *tensors):
         for option in tf.nest.flatten(options)
     )
     shapes = _shapes(tensors)
-    key = tuple(shapes if one_length else (shape[-1] for shape in shapes))
+    known = shapes if one_length else (shape[-1] for shape in shapes)
+    key = (*known, _switches())
     return _graph(function, options, key, False)(*tensors)
 
 
@@ -37,7 +38,7 @@ def call(function: Callable, options, jit_compile, *tensors):
     """
     if within_xla():
         return function(options, *tensors)
-    key = tuple(_shapes(tensors))
+    key = (*_shapes(tensors), _switches())
     return _graph(function, options, key, jit_compile)(*tensors)
 
 
@@ -48,12 +49,52 @@ def _shapes(tensors):
 
 @functools.lru_cache(maxsize=256)
 def _graph(function, options, key, jit_compile):
-    return tf.function(
+    graph = tf.function(
         functools.partial(function, options),
         reduce_retracing=True,
         autograph=False,
         jit_compile=jit_compile or None,
     )
+    # TensorFlow warns where a function is traced often, and names it. A caller knows none
+    # of these, and cannot trace them less. Where no version asks for it, it says nothing.
+    graph._omit_frequent_tracing_warning = True
+    return graph
+
+
+def _switches():
+    """What is switched for the whole process and changes how a graph is traced or compiled.
+
+    A graph of before must not serve after, nor one that was made while something was on.
+    """
+    return (
+        op_callbacks(),
+        tf.config.experimental.tensor_float_32_execution_enabled(),
+        _deterministic(),
+    )
+
+
+def op_callbacks():
+    """What looks at every operation that is made, and adds some of its own to a graph.
+
+    So do `tf.debugging.enable_check_numerics` and `enable_dump_debug_info`. TensorFlow
+    itself looks here; should a version have another place, the answer is: nothing.
+    """
+    try:
+        from tensorflow.python.eager.context import context
+
+        return tuple(context().op_callbacks)
+    except (ImportError, AttributeError):
+        return ()
+
+
+def _deterministic():
+    """Whether `tf.config.experimental.enable_op_determinism` was called; as above."""
+    try:
+        from tensorflow.python.framework.config import is_op_determinism_enabled
+
+        return is_op_determinism_enabled()
+    except ImportError:
+        return False
 
 
 def within_xla():

@@ -1,27 +1,16 @@
 """BPTTRNN: configuration, state, masks and dtype. No derivative is written here."""
 
-import inspect
-
 import keras
 import tensorflow as tf
 
-from keras_bptt.activations import resolve, xla_compiles
-from keras_bptt.arguments import (
-    check_inputs,
-    check_mask,
-    check_state,
-    checkpoint_every_of,
-    clipnorm_of,
-    jit_compile_of,
-    output_units_of,
-    units_of,
-    unroll_of,
-)
-from keras_bptt.output_layer import output_layer
+from keras_bptt import arguments
+from keras_bptt.activations import resolve
+from keras_bptt.calls import checked_inputs, compiles, drawn_factors, mask_of, state_of
+from keras_bptt.cells import check_cell, name_convert, weights_of
+from keras_bptt.output_layer import config_of, is_product, output_layer
 from keras_bptt.probe import recurrence_of
 from keras_bptt.recurrence import Constants, Recurrence
 from keras_bptt.truncation import RandomizedTruncation, policy
-from keras_bptt.weights import stored
 
 if keras.config.backend() != "tensorflow":
     raise ImportError(
@@ -29,15 +18,6 @@ if keras.config.backend() != "tensorflow":
         f"tf.custom_gradient. Received: backend {keras.config.backend()!r}. Set the "
         "environment variable KERAS_BACKEND=tensorflow before keras is imported."
     )
-
-
-def _signature(own, hosts):
-    """The parameters of the host, then the keyword-only ones of `own`."""
-    hosts = inspect.signature(hosts)
-    *parameters, rest = hosts.parameters.values()
-    added = inspect.signature(own).parameters.values()
-    parameters += [p for p in added if p.kind is p.KEYWORD_ONLY]
-    return hosts.replace(parameters=[*parameters, rest])
 
 
 @keras.saving.register_keras_serializable(package="keras_bptt")
@@ -221,46 +201,37 @@ class BPTTRNN(keras.layers.SimpleRNN):
         jit_compile="auto",
         **kwargs,
     ):
-        units = units_of(units)
-        output_units = output_units_of(output_units, output_activation)
-        checkpoint_every = checkpoint_every_of(checkpoint_every)
-        jit_compile = jit_compile_of(jit_compile)
-        truncation = policy(truncation)
-        adjoint_clipnorm = clipnorm_of(adjoint_clipnorm)
-        super().__init__(units, *args, **kwargs)
-        if adjoint_clipnorm is not None and self.compute_dtype == "float16":
-            raise ValueError(
-                "`adjoint_clipnorm` is for compute dtypes of a wider range: in float16 the "
-                "loss is scaled, and the cotangents that are clipped with it. Received: "
-                f"adjoint_clipnorm={adjoint_clipnorm}, compute dtype float16. Use "
-                "'mixed_bfloat16' or 'float32'."
-            )
-        self.jit_compile = jit_compile
+        units = arguments.units_of(units)
+        output_units = arguments.output_units_of(output_units, output_activation)
+        try:
+            super().__init__(units, *args, **kwargs)
+        except ValueError as error:
+            raise arguments.misspelled(error, kwargs, BPTTRNN.__init__) from None
         self.truncation = truncation
         self.checkpoint_every = checkpoint_every
-        self.output_layer = None
+        self.adjoint_clipnorm = adjoint_clipnorm
+        self.jit_compile = jit_compile
+        self.output_layer, self._activation = None, None
         if output_units is not None:
             self.output_layer = output_layer(
                 self.cell, output_units, output_activation, self.dtype_policy
             )
-        self.adjoint_clipnorm = adjoint_clipnorm
-        # The host takes any true `unroll` for all steps, whose number it asks for then.
-        unroll = unroll_of(self.unroll)
-        self._steps_per_iteration = 0 if isinstance(unroll, bool) else int(unroll)
-        self.unroll = unroll is True
         # `build` and `call` check shapes and say more than an InputSpec would.
         self.input_spec = None
+        name_convert(self.cell)
 
-    # The host's signature, whatever its version, and our own arguments, so that help() and
-    # completion tell them.
-    __init__.__signature__ = _signature(__init__, keras.layers.SimpleRNN.__init__)
+    # For help() and completion: the arguments of the host, whatever its version, and ours.
+    __init__.__signature__ = arguments.joined_signature(
+        __init__, keras.layers.SimpleRNN.__init__
+    )
 
     @property
     def truncation(self):
         """Which paths of the gradient are kept; may be set.
 
         What has been traced before goes on with the former one: after a change call
-        `model.make_train_function(force=True)`, or compile the model again.
+        `model.make_train_function(force=True)`, or compile the model again. So it is with
+        `checkpoint_every`, `adjoint_clipnorm`, `jit_compile` and `unroll`.
         """
         return self._truncation
 
@@ -276,31 +247,81 @@ class BPTTRNN(keras.layers.SimpleRNN):
             self._truncation_draws = keras.random.SeedGenerator(value.seed)
         self._truncation = value
 
+    @property
+    def checkpoint_every(self):
+        """How many steps lie between states that are kept; set as `truncation` is."""
+        return self._checkpoint_every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, value):
+        self._checkpoint_every = arguments.checkpoint_every_of(value)
+
+    @property
+    def adjoint_clipnorm(self):
+        """The largest norm of dL/dh_t of one example; set as `truncation` is."""
+        return self._adjoint_clipnorm
+
+    @adjoint_clipnorm.setter
+    def adjoint_clipnorm(self, value):
+        self._adjoint_clipnorm = arguments.clipnorm_of(value, self.compute_dtype)
+
+    @property
+    def jit_compile(self):
+        """Whether XLA compiles the recurrence; set as `truncation` is."""
+        return self._jit_compile
+
+    @jit_compile.setter
+    def jit_compile(self, value):
+        self._jit_compile = arguments.jit_compile_of(value)
+
+    @property
+    def unroll(self):
+        """Whether all steps are written into the graph; set as `truncation` is."""
+        return arguments.all_steps(self._unroll)
+
+    @unroll.setter
+    def unroll(self, value):
+        self._unroll = arguments.unroll_of(value)
+
+    @property
+    def output_units(self):
+        """The size of the outputs o_t, or None: there is no output layer."""
+        return None if self.output_layer is None else self.output_layer.units
+
+    @property
+    def output_activation(self):
+        """g, or None: there is no output layer. `layer.output_layer` may get another."""
+        return None if self.output_layer is None else self.output_layer.activation
+
     def get_config(self):
         config = super().get_config()
-        config["unroll"] = self._steps_per_iteration or self.unroll
+        config["unroll"] = self._unroll
         # Left out where they say nothing, so that SimpleRNN can take the configuration.
         if self.truncation is not None:
             config["truncation"] = keras.saving.serialize_keras_object(self.truncation)
-        if self.checkpoint_every is not None:
-            config["checkpoint_every"] = self.checkpoint_every
         if self.output_layer is not None:
-            config["output_units"] = self.output_layer.units
-            config["output_activation"] = keras.activations.serialize(
-                self.output_layer.activation
-            )
-        if self.adjoint_clipnorm is not None:
-            config["adjoint_clipnorm"] = self.adjoint_clipnorm
-        if self.jit_compile != "auto":
-            config["jit_compile"] = self.jit_compile
+            config |= config_of(self.output_layer, self.dtype_policy)
+        for name in ("checkpoint_every", "adjoint_clipnorm", "jit_compile"):
+            if getattr(self, name) not in (None, "auto"):
+                config[name] = getattr(self, name)
         return config
 
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        dtype = config.pop("output_dtype", None)
+        layer = super().from_config(config)
+        if dtype is not None:
+            layer.output_layer.dtype_policy = keras.dtype_policies.get(dtype)
+        return layer
+
     def build(self, sequences_shape, initial_state_shape=None):
-        self._check_inputs(sequences_shape)
+        self._check_inputs(sequences_shape, building=True)
+        check_cell(self.name, self.cell)
+        self._resolved()  # before there are weights: what it refuses, leaves nothing
         super().build(sequences_shape, initial_state_shape)
         if self.output_layer is not None and not self.output_layer.built:
             self.output_layer.build((None, self.units))
-        self._activation = resolve(self.activation, self.units, self.cell.compute_dtype)
 
     def compute_output_shape(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape)  # symbolic inputs come here, not to `call`
@@ -308,87 +329,72 @@ class BPTTRNN(keras.layers.SimpleRNN):
         if self.output_layer is None:
             return shapes
         if self.return_state:
-            return (*shapes[0][:-1], self.output_layer.units), *shapes[1:]
-        return *shapes[:-1], self.output_layer.units
+            return (*shapes[0][:-1], self.output_units), *shapes[1:]
+        return *shapes[:-1], self.output_units
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
-        self._check_inputs(sequences.shape)
-        check_mask(self.name, sequences.shape, mask)
-        check_state(self.name, sequences.shape, self.units, initial_state)
-        return super().call(
-            sequences, initial_state=initial_state, mask=mask, training=training
-        )
+        check_cell(self.name, self.cell)
+        sequences = checked_inputs(self.name, sequences, self.cell.kernel.shape[0])
+        arguments.check_mask(self.name, sequences.shape, mask)
+        arguments.check_state(self.name, sequences.shape, self.units, initial_state)
+        try:
+            return super().call(
+                sequences, initial_state=initial_state, mask=mask, training=training
+            )
+        finally:
+            # The host does so where nothing raises; a mask that stays is that of the next.
+            self.cell.reset_dropout_mask()
+            self.cell.reset_recurrent_dropout_mask()
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        cell, every = self.cell, self.checkpoint_every
-        # What `call` could not check, a size known at run time only, raises here: a state
-        # or a mask of one example would otherwise be that of all, silently. (Grappler
-        # drops a reshape that seems to change nothing; hence the axis that comes and goes.)
-        steps = tf.shape(sequences)[:2]
-        h_0 = tf.reshape(initial_state[0], [steps[0], 1, self.units])[:, 0]
+        cell, every, g = self.cell, self.checkpoint_every, self.output_layer
+        # What `call` could not check, a size known at run time only, raises here.
+        h_0 = state_of(initial_state[0], sequences, self.units)
+        f, dtype, factors = self._resolved(), cell.compute_dtype, None
+        randomized = isinstance(self.truncation, RandomizedTruncation)
+        if randomized and training:
+            drawn = self.truncation, self._truncation_draws
+            factors = drawn_factors(*drawn, sequences, dtype)
         constants = Constants(
-            mask=None if mask is None else tf.reshape(tf.cast(mask, tf.bool), steps),
+            mask=mask_of(mask, sequences),
             d=cell.get_dropout_mask(sequences[:, 0, :]) if training else None,
             r=cell.get_recurrent_dropout_mask(h_0) if training else None,
-            factors=self._draw_factors(steps) if training else None,
+            factors=factors,
         )
-        randomized = isinstance(self.truncation, RandomizedTruncation)
+        compiled = compiles(
+            self.jit_compile, training, self.unroll, f, self.units, dtype
+        )
         options = Recurrence(
-            activation=self._activation,
+            activation=f,
             return_sequences=self.return_sequences,
             zero_output_for_mask=self.zero_output_for_mask,
             go_backwards=self.go_backwards,
-            unroll=self.unroll or self._steps_per_iteration,
+            unroll=self._unroll,
             keep_states=bool(training),
-            jit_compile=self._compiles(training),
+            jit_compile=compiled,
             truncation=None if randomized else self.truncation,
             # Every state: what is kept anyway.
             checkpoint_every=None if every == 1 else every,
             adjoint_clipnorm=self.adjoint_clipnorm,
         )
-        g, weights = self.output_layer, [cell.kernel, cell.recurrent_kernel, cell.bias]
-        if g is not None and self.return_sequences:
-            weights += [g.kernel, g.bias]
-        W, U, *others = stored(cell.dtype_policy, weights)
-        x = tf.cast(sequences, cell.compute_dtype)
+        fused = self.return_sequences and is_product(g)
+        W, U, *others = weights_of(cell, g if fused else None)
+        x = tf.cast(sequences, dtype)
         y, state = recurrence_of(self, options, constants, x, W, U, h_0, *others)
+        if g is not None:
+            # Keras' function, as it is: losses look for the logits behind a softmax.
+            y = g.activation(y) if fused else g(y)
         if not self.return_sequences:
-            y = y if g is None else g(y)
             return y, y[:, None], [state]
-        # Keras' function, as it is: losses look for the logits behind a softmax.
-        y = y if g is None else g.activation(y)
         return y[:, -1], y, [state]
 
-    def _draw_factors(self, steps):
-        """1 / p or 0 for each step and example, where the truncation is randomised."""
-        if not isinstance(self.truncation, RandomizedTruncation):
-            return None
-        p = self.truncation.keep_probability
-        factor = tf.constant(1 / p, self.cell.compute_dtype)
-        # Of the factor as it is rounded, so that the mean is 1 in any precision.
-        p = 1 / tf.cast(factor, tf.float32)
-        draws = keras.random.uniform(
-            steps, seed=self._truncation_draws, dtype="float32"
-        )
-        return tf.where(draws < p, factor, tf.zeros_like(factor))
+    def _resolved(self):
+        """f as the cell has it now, with what a gradient needs of it."""
+        function = self.cell.activation
+        if self._activation is None or self._activation.function is not function:
+            self._activation = resolve(function, self.units, self.cell.compute_dtype)
+        return self._activation
 
-    def _compiles(self, training):
-        if self.jit_compile is False:
-            return False
-        possible = xla_compiles(self._activation, self.units, self.cell.compute_dtype)
-        if self.jit_compile is True:
-            if not possible:
-                raise ValueError(
-                    "XLA cannot compile this layer: there is none in this TensorFlow, or "
-                    "`activation` holds operations that it does not know. Received: "
-                    f"jit_compile=True, activation={self.activation}. Use "
-                    "jit_compile='auto' or False."
-                )
-            return True
-        # Exports are traced with training=False: they load where there is no XLA. All steps
-        # written out would take XLA a time that grows with their number.
-        return bool(training) and not self.unroll and possible
-
-    def _check_inputs(self, shape):
+    def _check_inputs(self, shape, building=False):
         features = self.cell.kernel.shape[0] if self.built else None
-        check_inputs(self.name, shape, features)
+        arguments.check_inputs(self.name, shape, features, building)

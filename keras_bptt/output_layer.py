@@ -20,6 +20,29 @@ def output_layer(cell, units, activation, dtype):
     )
 
 
+def is_product(layer):
+    """Whether a layer is g(h V + c) for its kernel and bias, which may be fused.
+
+    A quantized Dense is not, nor is any other layer put in its place: these are called.
+    """
+    return (
+        layer is not None
+        and getattr(layer.call, "__func__", None) is keras.layers.Dense.call
+        and layer.dtype_policy.quantization_mode is None
+    )
+
+
+def config_of(layer, policy):
+    """What makes the output layer again, in a layer of the dtype `policy`."""
+    config = {
+        "output_units": layer.units,
+        "output_activation": keras.activations.serialize(layer.activation),
+    }
+    if layer.dtype_policy != policy:  # it has been quantized
+        config["output_dtype"] = keras.saving.serialize_keras_object(layer.dtype_policy)
+    return config
+
+
 def _another(initializer):
     # A random one gives all weights of one shape the same numbers. Any other, a function
     # perhaps, need not know its configuration.

@@ -5,8 +5,13 @@ import difflib
 
 def meant(given, allowed):
     """ " Did you mean ...?", where one of the names allowed is near; else nothing."""
-    near = difflib.get_close_matches(str(given), list(allowed), 1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(given, allowed)
+    return "" if near is None else f" Did you mean {near!r}?"
+
+
+def nearest(given, allowed):
+    """The name among those allowed that is near, or None."""
+    return next(iter(difflib.get_close_matches(str(given), list(allowed), 1)), None)
 
 
 def described(value):

@@ -19,7 +19,7 @@ RANKS = [
     ["execution", "explicit", "tensors", "activations", "loops", "scans"],
     ["passes", "masks", "blocks", "shards", "windows", "sliding"],
     ["residuals", "fused", "recurrence", "truncated", "probe"],
-    ["weights", "wording", "arguments", "output_layer", "layers"],
+    ["wording", "arguments", "calls", "weights", "cells", "output_layer", "layers"],
     ["inside", "copied_state", "conversion"],
     [
         "finiteness",

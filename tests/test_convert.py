@@ -357,7 +357,7 @@ def test_weights_file_of_the_other_class(tmp_path):
     model, empty = model_of("plain"), model_of("plain")
     empty.set_weights([0 * w for w in empty.get_weights()])
     model.save_weights(tmp_path / "model.weights.h5")
-    with pytest.raises(ValueError, match="variables"):
+    with pytest.raises(ValueError, match="made of SimpleRNN.*keras_bptt.convert"):
         convert(empty).load_weights(tmp_path / "model.weights.h5")
     empty.load_weights(tmp_path / "model.weights.h5")
     assert relative_error(convert(empty)(data()), model(data())) < SAME

@@ -43,7 +43,59 @@ def test_unknown_argument():
         BPTTRNN(H, activation="no_such_function")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("truncate", "truncation"),
+        ("clipnorm", "adjoint_clipnorm"),
+        ("return_sequence", "return_sequences"),
+        ("checkpoint", "checkpoint_every"),
+        ("output_size", "output_units"),
+        ("Dtype", "dtype"),
+        ("drop_out", "dropout"),
+    ],
+)
+def test_misspelled_argument(wrong, right):
+    with pytest.raises(
+        ValueError, match=f"{wrong}.*Did you mean `{right}` by `{wrong}`.*help"
+    ):
+        BPTTRNN(H, **{wrong: 3})
+
+
+def test_several_misspelled_arguments():
+    with pytest.raises(ValueError, match="`truncation` by.*`jit_compile` by"):
+        BPTTRNN(H, truncate=3, jitcompile=True, name="right")
+
+
+def test_other_errors_of_keras_stay_as_they_are():
+    """What is spelled well is not to blame."""
+    with pytest.raises(ValueError) as error:
+        BPTTRNN(H, kernel_initializer="no_such_function", dtype="float32")
+    assert "Did you mean" not in str(error.value)
+    assert "help(" not in str(error.value)
+
+
 # --- Inputs
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_ragged_inputs(built):
+    x = tf.RaggedTensor.from_row_lengths(inputs(7, D), [3, 4])
+    layer = BPTTRNN(H)
+    if built:
+        layer.build((None, None, D))
+    with pytest.raises(
+        ValueError, match=r"RaggedTensor of shape.*to_tensor\(\).*mask=tf.sequence_mask"
+    ):
+        layer(x)
+    # And what the message says works.
+    last = layer(x.to_tensor(), mask=tf.sequence_mask(x.row_lengths()))
+    np.testing.assert_allclose(last[:1], layer(x[:1].to_tensor()), atol=1e-6)
+
+
+def test_sparse_inputs():
+    with pytest.raises(ValueError, match=r"SparseTensor of shape.*tf.sparse.to_dense"):
+        BPTTRNN(H)(tf.sparse.from_dense(inputs()))
 
 
 RANKS = {

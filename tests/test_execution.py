@@ -365,7 +365,7 @@ def test_unroll_by_a_number(unroll, mode):
     """That divides the number of steps, does not, equals it, exceeds it."""
     theirs, _ = pair(return_sequences=True)
     _, ours = pair(return_sequences=True, unroll=1)
-    ours._steps_per_iteration = unroll
+    ours.unroll = unroll
     x = random_inputs()
     assert_same(evaluate(ours, x, mode), evaluate(theirs, x))
 

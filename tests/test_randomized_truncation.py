@@ -22,7 +22,9 @@ from helpers import (
 )
 from tensorflow.core.protobuf import saved_model_pb2
 
+import keras_bptt.layers
 from keras_bptt import BPTTRNN, RandomizedTruncation, truncated_reference
+from keras_bptt.calls import drawn_factors
 
 T = 5
 STATE = random_inputs(B, H, seed=5)
@@ -42,14 +44,14 @@ def layer_of(truncation=POLICY, **options):
 @pytest.fixture
 def draws(monkeypatch):
     """The factors of every eager call, as they are drawn."""
-    seen, draw = [], BPTTRNN._draw_factors
+    seen, draw = [], keras_bptt.layers.drawn_factors
 
-    def spy(self, steps):
-        factors = draw(self, steps)
+    def spy(*arguments):
+        factors = draw(*arguments)
         seen.append(factors.numpy())
         return factors
 
-    monkeypatch.setattr(BPTTRNN, "_draw_factors", spy)
+    monkeypatch.setattr(keras_bptt.layers, "drawn_factors", spy)
     return seen
 
 
@@ -181,30 +183,28 @@ def test_unbiased(jit_compile, masked):
     check_unbiased(masked, jit_compile=jit_compile)
 
 
-def not_divided(self, steps):
-    draws = keras.random.uniform(steps, seed=self._truncation_draws)
-    return tf.cast(draws < self.truncation.keep_probability, "float64")
+def not_divided(p, steps, seed):
+    draws = keras.random.uniform(steps, seed=seed)
+    return tf.cast(draws < p, "float64")
 
 
-def too_seldom(self, steps):
-    p = self.truncation.keep_probability
-    draws = keras.random.uniform(steps, seed=self._truncation_draws)
+def too_seldom(p, steps, seed):
+    draws = keras.random.uniform(steps, seed=seed)
     return tf.cast(draws < 0.9 * p, "float64") / p
 
 
-def one_for_all_steps(self, steps):
+def one_for_all_steps(p, steps, seed):
     """E[xi^2] is not E[xi]^2: each factor for itself is right, a path's is not."""
-    p = self.truncation.keep_probability
-    draws = keras.random.uniform((steps[0], 1), seed=self._truncation_draws)
+    draws = keras.random.uniform((steps[0], 1), seed=seed)
     return tf.repeat(tf.cast(draws < p, "float64") / p, steps[1], 1)
 
 
 @pytest.mark.parametrize("draw", [not_divided, too_seldom, one_for_all_steps])
 def test_bias_is_seen(draw, monkeypatch):
-    def drawn(self, steps):
-        return None if self.truncation is None else draw(self, steps)
+    def drawn(truncation, seed, sequences, dtype):
+        return draw(truncation.keep_probability, tf.shape(sequences)[:2], seed)
 
-    monkeypatch.setattr(BPTTRNN, "_draw_factors", drawn)
+    monkeypatch.setattr(keras_bptt.layers, "drawn_factors", drawn)
     with pytest.raises(AssertionError):
         check_unbiased()
 
@@ -391,8 +391,8 @@ def test_half_precision_is_unbiased():
     worst = 0
     for mean_steps in (2.5, 10, 20, 100):
         policy = RandomizedTruncation(mean_steps)
-        layer = BPTTRNN(H, truncation=policy, dtype="mixed_bfloat16")
-        factors = layer._draw_factors(tf.constant([400, 1000]))
+        seed = keras.random.SeedGenerator(1)
+        factors = drawn_factors(policy, seed, tf.zeros([400, 1000, 1]), "bfloat16")
         share = np.mean(np.asarray(tf.cast(factors, tf.float32)) > 0)
         mean = np.mean(np.asarray(tf.cast(factors, tf.float64)))
         spread = np.max(tf.cast(factors, tf.float64)) * np.sqrt(
