@@ -26,7 +26,7 @@ def check_cell(name, cell):
 
 
 def weights_of(cell, output_layer=None):
-    """W, U and b of the cell, and V and c of an output layer; None for what is not there."""
+    """W, U and b of the cell, V and c of an output layer; None for what is not there."""
     weights = [cell.kernel, cell.recurrent_kernel, cell.bias]
     if output_layer is not None:
         weights += [output_layer.kernel, output_layer.bias]

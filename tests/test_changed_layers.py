@@ -27,7 +27,9 @@ from keras_bptt import BPTTRNN
 
 
 @pytest.mark.parametrize(
-    "activation", [keras.activations.relu, tf.nn.softmax, tf.sin], ids=str
+    "activation",
+    [keras.activations.relu, tf.nn.softmax, tf.sin],
+    ids=["relu", "softmax", "sin"],
 )
 @pytest.mark.parametrize("called", [False, True])
 def test_another_activation(activation, called):

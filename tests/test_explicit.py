@@ -352,10 +352,11 @@ MUTATIONS = [
         "cotangents",
     ),
     (
-        "the forward pass recorded",
+        "residuals with a gradient",
         lambda modules: check_residuals(modules, tf.function),
-        "*map(tf.stop_gradient, args)",
-        "*args",
+        "forward(*map(tf.stop_gradient, args))\n"
+        "            residuals = tf.nest.map_structure(cut_off, residuals)",
+        "forward(*args)",
     ),
 ]
 
