@@ -31,13 +31,13 @@ class BPTTRNN(keras.layers.SimpleRNN):
     projection and every weight gradient are large products over blocks of steps. In
     training the recurrence is compiled by XLA, also where the caller compiles nothing, and
     on a CPU it may run for parts of the batch at the same time. Memory
-    between the passes: the states, (timesteps, batch, units), and nothing else. Where
-    `training` is false and the outputs are not the states, not even those: inference takes
-    no memory that grows with `timesteps`, and a gradient asked for all the same computes
-    the states again, one more forward pass. So pass `training=True` in a training loop of
-    your own. With `checkpoint_every` = c, the states of every c-th step, and while a block
-    of c steps is walked back those of the block, computed again: about timesteps / c + c
-    states, least with c = "sqrt", for one more forward pass (Chen et al. 2016).
+    between the passes: the states, (timesteps, batch, units), and nothing else. With
+    `training=False` states are not stored unless they are the outputs; a gradient then
+    costs one more forward pass. So pass `training=True` in a training loop of your own.
+    With `checkpoint_every` = c, the states of every c-th step, and while a block of c steps
+    is walked back those of the block, computed again: about timesteps / c + c states, least
+    with c = "sqrt", for one more forward pass (Chen et al. 2016). In half precision every
+    sum over steps, examples or windows is added in float32.
 
     Forward, for t = 1 ... T, in row vectors, with `x_t`, `h_t`, `W`, `U`, `b`, `h_0` =
     a step of `inputs`, the hidden state, `kernel`, `recurrent_kernel`, `bias`,
@@ -97,9 +97,11 @@ class BPTTRNN(keras.layers.SimpleRNN):
             constraints of the three weights, `activity_regularizer`, `dropout`,
             `recurrent_dropout`, `return_sequences`, `return_state`, `go_backwards`,
             `stateful`, `zero_output_for_mask`, `seed`, `name`, `dtype`. And `unroll`,
-            which may also be a positive integer: so many steps an iteration of the loop,
-            which needs no known number of timesteps, as True does. (The attribute `unroll`
-            says whether all steps are written into the graph.)
+            which may also be a positive integer n: n steps an iteration of the loop. Unlike
+            True, it allows an unknown number of timesteps. (The attribute `unroll` says
+            whether all steps are written into the graph.) With `go_backwards` and
+            `return_sequences` the last step comes first, but the mask that goes on to the
+            next layer is not reversed, as with SimpleRNN: see `docs/migrating.md`.
         truncation: Which paths of the gradient are kept. None, the default: all, full
             backpropagation through time. A positive integer k: `Truncation(k)`, chunks of
             k steps. A `Truncation(steps, stride)` or a `RandomizedTruncation(mean_steps,
@@ -361,9 +363,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
             r=cell.get_recurrent_dropout_mask(h_0) if training else None,
             factors=factors,
         )
-        compiled = compiles(
-            self.jit_compile, training, self.unroll, f, self.units, dtype
-        )
+        xla = compiles(self.jit_compile, training, self.unroll, f, self.units, dtype)
         options = Recurrence(
             activation=f,
             return_sequences=self.return_sequences,
@@ -371,7 +371,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
             go_backwards=self.go_backwards,
             unroll=self._unroll,
             keep_states=bool(training),
-            jit_compile=compiled,
+            jit_compile=xla,
             truncation=None if randomized else self.truncation,
             # Every state: what is kept anyway.
             checkpoint_every=None if every == 1 else every,

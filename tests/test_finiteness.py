@@ -273,6 +273,7 @@ def test_states_that_explode_are_no_gradient_that_does(activation, dtype):
         assert f"|h_t| reaches {np.max(norms):.2g}" in flow.explanation
 
 
+@pytest.mark.usefixtures("usual_sizes")
 def test_states_of_1e23():
     """relu, a gain of 1.8, 300 steps. They are finite, their squares and the loss not."""
     gain = keras.initializers.Orthogonal(1.8)
