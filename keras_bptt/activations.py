@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.execution import op_callbacks
+from keras_bptt.execution import op_callbacks, switches
 from keras_bptt.explicit import vjp
 from keras_bptt.tensors import widened
 
@@ -116,11 +116,13 @@ def xla_compiles(activation: Activation, units: int, dtype: str) -> bool:
     # Where all runs eagerly, nothing would be compiled that could tell, or could fail.
     if activation.slope_of_output is not None or tf.config.functions_run_eagerly():
         return True
-    return _xla_compiles(activation, units, dtype)
+    return _xla_compiles(activation, units, dtype, switches())
 
 
 @functools.lru_cache(maxsize=256)
-def _xla_compiles(activation, units, dtype):
+def _xla_compiles(activation, units, dtype, switches):
+    del switches  # what was judged under others is judged again
+
     @tf.function(jit_compile=True, autograph=False)
     def both(z):
         return activation.function(z), activation.vjp(z, z)

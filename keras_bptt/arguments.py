@@ -121,8 +121,8 @@ def unroll_of(value):
 
 def all_steps(unroll):
     """What `unroll` is to the host: true where all steps are written into the graph."""
-    # Keras skips an assignment of the very object that an attribute has. After a number it
-    # must not be False, else `unroll = False` would be lost.
+    # For a number np.False_, not False: Keras ignores an assignment of the very object that
+    # an attribute returns, and `unroll = False` would be lost.
     return unroll if isinstance(unroll, bool) else np.False_
 
 

@@ -8,7 +8,7 @@ from keras_bptt.arguments import check_dense, check_inputs
 
 
 def checked_inputs(name, sequences, features):
-    """The inputs, of which is known then that they have as many features as the layer."""
+    """The inputs, with the layer's number of features in their static shape."""
     check_dense(name, sequences)
     shape = sequences.shape
     if shape.rank is None or (shape.rank == 3 and shape[2] is None):
@@ -41,8 +41,9 @@ def _fitted(tensor, sizes, known, name):
     """`tensor`, which raises when it runs if it has other sizes; `known` are some of them.
 
     A mask of one example would be that of all, one of (timesteps, batch) would be read row
-    by row, silently. XLA drops assertions, and a reshape counts numbers alone. So it is a
-    reshape to more numbers than there are, wherever one size differs.
+    by row, silently. XLA drops assertions, and a reshape counts numbers alone. So the
+    tensor is reshaped and, where a size differs, to a shape of more numbers than it has,
+    which fails.
     """
     known = tf.TensorShape(known)
     if not (known.is_fully_defined() and tensor.shape == known):

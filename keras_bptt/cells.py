@@ -45,9 +45,9 @@ def name_convert(cell):
 def _load(cell, store):
     if cell.built and not store.keys():
         raise ValueError(
-            f"The file must hold the weights of this BPTTRNN. Received: a file without "
-            f"any for its {cell.name}; a `.weights.h5` file names the class of a layer, "
-            "and those of a SimpleRNN load into no other. Load them into the same model "
-            "made of SimpleRNN, then take keras_bptt.convert(model)."
+            "The file must hold the weights of this BPTTRNN. Received: a file that has "
+            f"none for its {cell.name}. A `.weights.h5` file stores weights under the "
+            "class of their layer, so those of a SimpleRNN are not found here. Load them "
+            "into the same model made of SimpleRNN, then take keras_bptt.convert(model)."
         )
     type(cell).load_own_variables(cell, store)

@@ -122,7 +122,8 @@ def _check(model, to, options):
             f"unroll={options['unroll']!r}. Pass False, or convert to BPTTRNN."
         )
     if options:
-        to(1, **options)  # raises where a value is not allowed
+        # Raises where a value is not allowed. What float16 forbids the layers say.
+        to(1, dtype="float32", **options)
 
 
 def _made_a_model(value):
@@ -181,7 +182,7 @@ _WAY_OUT = (
 
 def _warn_of_others(copy, to, options):
     """Of layers that a class has made anew, as its configuration does not have them."""
-    expected = to(1, **options).get_config()
+    expected = to(1, dtype="float32", **options).get_config()
 
     def differs(layer):
         if type(layer) is not to:
@@ -192,8 +193,8 @@ def _warn_of_others(copy, to, options):
     others = [path for path, layer in layers_inside(copy) if differs(layer)]
     if others:
         warnings.warn(
-            f"The copy of {copy.name!r} has layers that are not converted, since a class "
-            f"makes them that does not have them in its configuration: "
+            f"The copy of {copy.name!r} has layers that could not be converted: a class "
+            "makes them itself and does not list them in its configuration: "
             f"{', '.join(others)}. {_WAY_OUT}",
             stacklevel=3,
         )

@@ -25,7 +25,7 @@ def run(function: Callable, options, *tensors):
     )
     shapes = _shapes(tensors)
     known = shapes if one_length else (shape[-1] for shape in shapes)
-    key = (*known, _switches())
+    key = (*known, switches())
     return _graph(function, options, key, False)(*tensors)
 
 
@@ -38,7 +38,7 @@ def call(function: Callable, options, jit_compile, *tensors):
     """
     if within_xla():
         return function(options, *tensors)
-    key = (*_shapes(tensors), _switches())
+    key = (*_shapes(tensors), switches())
     return _graph(function, options, key, jit_compile)(*tensors)
 
 
@@ -61,7 +61,7 @@ def _graph(function, options, key, jit_compile):
     return graph
 
 
-def _switches():
+def switches():
     """What is switched for the whole process and changes how a graph is traced or compiled.
 
     A graph of before must not serve after, nor one that was made while something was on.

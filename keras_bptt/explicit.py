@@ -104,7 +104,7 @@ def explicit_first_order(derivation: Derivation, options, constants, *args):
     """
     given = tuple(arg is not None for arg in args)
     args = [arg for arg in args if arg is not None]
-    _refuse_forward_mode(args)
+    refuse_forward_mode(args)
     # Else a tape that watches what they were made of would record the loop.
     constants = tf.nest.map_structure(cut_off, constants)
 
@@ -197,7 +197,7 @@ def _dense(slices, output):
     return tf.ensure_shape(tf.cast(dense, output.dtype), output.shape)
 
 
-def _refuse_forward_mode(tensors):
+def refuse_forward_mode(tensors):
     """Raise where a forward-mode tangent arrives in a graph; cost nothing elsewhere.
 
     Nothing uses the result of PreventGradient, so no tape ever differentiates it and the

@@ -36,8 +36,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
     costs one more forward pass. So pass `training=True` in a training loop of your own.
     With `checkpoint_every` = c, the states of every c-th step, and while a block of c steps
     is walked back those of the block, computed again: about timesteps / c + c states, least
-    with c = "sqrt", for one more forward pass (Chen et al. 2016). In half precision every
-    sum over steps, examples or windows is added in float32.
+    with c = "sqrt", for one more forward pass (Chen et al. 2016). The gradients of weights
+    are added up in float32, also in half precision; a_t stays in the compute dtype.
 
     Forward, for t = 1 ... T, in row vectors, with `x_t`, `h_t`, `W`, `U`, `b`, `h_0` =
     a step of `inputs`, the hidden state, `kernel`, `recurrent_kernel`, `bias`,
@@ -213,7 +213,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         self.checkpoint_every = checkpoint_every
         self.adjoint_clipnorm = adjoint_clipnorm
         self.jit_compile = jit_compile
-        self.output_layer, self._activation = None, None
+        self.output_layer, self._resolved_of = None, None
         if output_units is not None:
             self.output_layer = output_layer(
                 self.cell, output_units, output_activation, self.dtype_policy
@@ -231,9 +231,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def truncation(self):
         """Which paths of the gradient are kept; may be set.
 
-        What has been traced before goes on with the former one: after a change call
-        `model.make_train_function(force=True)`, or compile the model again. So it is with
-        `checkpoint_every`, `adjoint_clipnorm`, `jit_compile` and `unroll`.
+        What has been traced before goes on with the former one: after a change compile the
+        model again. So it is with `checkpoint_every`, `adjoint_clipnorm`, `jit_compile`,
+        `unroll` and `cell.activation`.
         """
         return self._truncation
 
@@ -320,7 +320,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape, building=True)
         check_cell(self.name, self.cell)
-        self._resolved()  # before there are weights: what it refuses, leaves nothing
+        self._resolved()  # first, so that a refused activation leaves no weights behind
         super().build(sequences_shape, initial_state_shape)
         if self.output_layer is not None and not self.output_layer.built:
             self.output_layer.build((None, self.units))
@@ -344,7 +344,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
                 sequences, initial_state=initial_state, mask=mask, training=training
             )
         finally:
-            # The host does so where nothing raises; a mask that stays is that of the next.
+            # Keras resets them only if nothing raises, else the next call would use them.
             self.cell.reset_dropout_mask()
             self.cell.reset_recurrent_dropout_mask()
 
@@ -375,24 +375,24 @@ class BPTTRNN(keras.layers.SimpleRNN):
             truncation=None if randomized else self.truncation,
             # Every state: what is kept anyway.
             checkpoint_every=None if every == 1 else every,
-            adjoint_clipnorm=self.adjoint_clipnorm,
+            adjoint_clipnorm=arguments.clipnorm_of(self.adjoint_clipnorm, dtype),
         )
-        fused = self.return_sequences and is_product(g)
-        W, U, *others = weights_of(cell, g if fused else None)
+        product = is_product(g, dtype)
+        W, U, *others = weights_of(cell, g if product else None)
         x = tf.cast(sequences, dtype)
         y, state = recurrence_of(self, options, constants, x, W, U, h_0, *others)
         if g is not None:
             # Keras' function, as it is: losses look for the logits behind a softmax.
-            y = g.activation(y) if fused else g(y)
+            y = g.activation(y) if product else g(y)
         if not self.return_sequences:
             return y, y[:, None], [state]
         return y[:, -1], y, [state]
 
     def _resolved(self):
         """f as the cell has it now, with what a gradient needs of it."""
-        function = self.cell.activation
-        if self._activation is None or self._activation.function is not function:
-            self._activation = resolve(function, self.units, self.cell.compute_dtype)
+        key = self.cell.activation, self.units, self.cell.compute_dtype
+        if self._resolved_of != key:
+            self._activation, self._resolved_of = resolve(*key), key
         return self._activation
 
     def _check_inputs(self, shape, building=False):

@@ -7,7 +7,7 @@ recurrence.
 import tensorflow as tf
 
 from keras_bptt.passes import for_units
-from keras_bptt.tensors import where
+from keras_bptt.tensors import where, widened
 
 
 def processing_order(options, x, mask):
@@ -21,8 +21,11 @@ def read_out(options, mask, h, last, c=None):
     """Return (y, h_T); of an output layer, whose bias is c, (p, h_T) for h V + c."""
     seen = visible(options, mask)
     if options.return_sequences:
-        shown = where(seen, h) if c is None or seen is None else tf.where(seen, h, c)
-        return shown, last
+        if c is None or seen is None:
+            return where(seen, h), last
+        # In wide numbers, for the gradient of c is a sum over what is hidden.
+        shown = tf.where(seen, widened(h), widened(c))
+        return tf.cast(shown, h.dtype), last
     return last if seen is None else where(seen[:, -1], last), last
 
 

@@ -20,8 +20,8 @@ def output_layer(cell, units, activation, dtype):
     )
 
 
-def is_product(layer):
-    """Whether a layer is g(h V + c) for its kernel and bias, which may be fused.
+def is_product(layer, dtype):
+    """Whether a layer is g(h V + c) in this dtype, so that the recurrence may compute it.
 
     A quantized Dense is not, nor is any other layer put in its place: these are called.
     """
@@ -29,6 +29,7 @@ def is_product(layer):
         layer is not None
         and getattr(layer.call, "__func__", None) is keras.layers.Dense.call
         and layer.dtype_policy.quantization_mode is None
+        and layer.compute_dtype == dtype
     )
 
 

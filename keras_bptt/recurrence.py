@@ -39,12 +39,17 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.activations import Activation
-from keras_bptt.explicit import Derivation, explicit_first_order
+from keras_bptt.explicit import (
+    Derivation,
+    explicit,
+    explicit_first_order,
+    refuse_forward_mode,
+)
 from keras_bptt.fused import backward, forward
 from keras_bptt.masks import link_factors, processing_order, read_out
 from keras_bptt.passes import dropped, project, to_batch_major, to_time_major
 from keras_bptt.scans import States, states
-from keras_bptt.tensors import one, size_of, where, wide
+from keras_bptt.tensors import one, size_of, sum_of_products, total, where, wide
 from keras_bptt.truncation import Truncation
 
 
@@ -109,7 +114,7 @@ def recurrence(
         h_0: initial_state (batch, units).
         b: bias (units,), or None.
         V: output_kernel (units, outputs), or None: no output layer. With
-            `return_sequences`: for a last output it is a product like any other.
+            `return_sequences`; for a last output see `last_output`.
         c: output_bias (outputs,), or None.
 
     Returns:
@@ -120,6 +125,24 @@ def recurrence(
         constants = constants._replace(factors=link_factors(options, constants))
     derivation = Derivation(forward, backward, composed)
     return explicit_first_order(derivation, options, constants, x, W, U, h_0, b, V, c)
+
+
+def last_output(h, V, c):
+    """h V + c (batch, outputs) of the last state; its gradients are sums over examples."""
+
+    def forward(h, V, *c):
+        V, *c = (tf.cast(w, h.dtype) for w in (V, *c))
+        return (project(h, V, *(c or [None])),), ()
+
+    def backward(args, outputs, residuals, cotangents):
+        (h, V, *c), (q,) = args, cotangents
+        d_h = tf.matmul(q, tf.cast(V, q.dtype), transpose_b=True)
+        d_V = tf.cast(sum_of_products(h, q), V.dtype)
+        return d_h, d_V, *(tf.cast(total(q, 0), bias.dtype) for bias in c)
+
+    given = [h, V] if c is None else [h, V, c]
+    refuse_forward_mode(given)
+    return explicit(forward, backward)(*given)[0]
 
 
 def in_wide_numbers(composed):

@@ -3,7 +3,7 @@
 * XLA on a CPU (TensorFlow 2.21) multiplies a padded product by other tensors in a loop and
   writes past its end, where the rows are of four float64 or eight float32
   (`tests/upstream/xla_pad_in_loop.py`). It makes a pad not only of tf.pad, but of a
-  concatenation with a constant and of the gradient of a slice. So nothing here is padded:
+  concatenation with a constant and of the gradient of a slice. So no pass over time pads:
   zeros are chosen by place.
 * A sum of many numbers in half precision loses most of them: 4096 + 1 is 4096 in float16,
   256 + 1 is 256 in bfloat16. So what adds over steps, examples, blocks or windows adds in
@@ -34,9 +34,9 @@ def where(mask, x):
 
 
 def shifted(x, by, axis=0):
-    """`x` moved `by` places to the end of the axis, or to its begin where that is negative.
+    """`x` moved `by` places towards the end of the axis, or to its begin if negative.
 
-    Zeros come after it.
+    The places that it leaves are zero.
     """
     size = size_of(x, axis)
     source = tf.range(size) - by

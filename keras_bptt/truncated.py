@@ -35,11 +35,22 @@ from keras_bptt.masks import (
 )
 from keras_bptt.passes import project
 from keras_bptt.recurrence import Constants, in_wide_numbers
-from keras_bptt.tensors import at_most, filled, one, part, placed, size_of
+from keras_bptt.tensors import (
+    at_most,
+    filled,
+    one,
+    part,
+    placed,
+    size_of,
+    widened,
+)
 
 
 def truncated_recurrence(options, constants, x, W, U, h_0, b=None, V=None, c=None):
     """`recurrence.recurrence`, its gradient truncated by `options.truncation`, if any."""
+    if V is not None and not options.return_sequences:
+        h, state = truncated_recurrence(options, constants, x, W, U, h_0, b)
+        return full.last_output(h, V, c), state
     mask = constants.mask
     if mask is not None:
         x = tf.ensure_shape(x, [None, mask.shape[1], None])
@@ -60,7 +71,8 @@ def truncated_recurrence(options, constants, x, W, U, h_0, b=None, V=None, c=Non
     derivation = Derivation(forward, backward, composed)
     y, last = explicit_first_order(derivation, *arguments, V, c)
     if mask is not None:
-        y = _gathered(options, y, unpacking(mask))
+        # In wide numbers, for a step that is shown often has a sum of cotangents.
+        y = tf.cast(_gathered(options, widened(y), unpacking(mask)), y.dtype)
     return read_out(asked, mask, y, last, c)
 
 

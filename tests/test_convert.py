@@ -487,7 +487,9 @@ def test_errors(call, words):
 def test_layers_that_a_class_makes_are_warned_of():
     """Where others are converted: the copy says that it is not what it seems."""
     model = keras.Sequential([keras.Input((None, D)), MadeInside(), *plain()])
-    with pytest.warns(UserWarning, match=r"not converted.*: layers\[0\]\.rnn\. Change"):
+    with pytest.warns(
+        UserWarning, match=r"could not be converted.*: layers\[0\]\.rnn\. Change"
+    ):
         there = convert(model)
     assert type(there.layers[0].rnn) is layers.SimpleRNN
     assert type(there.layers[1]) is BPTTRNN

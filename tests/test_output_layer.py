@@ -964,14 +964,14 @@ MUTATIONS = [
         "masks",
         "drop c at hidden steps",
         "masks",
-        "where(seen, h) if c is None or seen is None else tf.where(seen, h, c)",
+        "tf.where(seen, widened(h), widened(c))",
         "where(seen, h)",
     ),
     (
         "masks",
         "show h V + c at hidden steps",
         "masks",
-        "where(seen, h) if c is None or seen is None else tf.where(seen, h, c)",
+        "tf.where(seen, widened(h), widened(c))",
         "h",
     ),
     (
@@ -1062,7 +1062,7 @@ MUTATIONS = [
         "windows",
         "outputs in packed order",
         "truncated",
-        "y = _gathered(options, y, unpacking(mask))",
+        "y = tf.cast(_gathered(options, widened(y), unpacking(mask)), y.dtype)",
         "pass",
     ),
     (

@@ -211,6 +211,7 @@ def test_tapes_around_a_truncated_function():
     )
 
 
+@pytest.mark.slow
 def test_tapes_around_an_endpoint_for_training(tmp_path):
     model = keras.Sequential([keras.Input((None, D)), BPTTRNN(H)])
     archive = keras.export.ExportArchive()
