@@ -140,6 +140,7 @@ def at_once(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_rows_of_checkpoints(at_once, tmp_path):
     import checkpointing
     import contestants

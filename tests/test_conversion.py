@@ -85,6 +85,7 @@ def test_litert_of_a_layer_written_out(case):
     assert difference < FLOAT32
 
 
+@pytest.mark.slow
 def test_simplernn_converts_for_one_batch_alone():
     """The day this fails the page on deploying has a line too many."""
     import conversion

@@ -300,7 +300,8 @@ def test_states_that_overflow():
     assert json.loads(json.dumps(flow.to_dict(), allow_nan=False))["advice"]
 
 
-@pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_what_only_adds_up_does_not_explode(activation):
     """With U = 1 a state may grow with the number of steps, and not beyond."""
     one = keras.initializers.Identity()

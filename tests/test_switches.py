@@ -25,7 +25,7 @@ def dump(folder):
     return debugging.disable_dump_debug_info
 
 
-@pytest.fixture(params=["check_numerics", "dump"])
+@pytest.fixture(params=["check_numerics", pytest.param("dump", marks=pytest.mark.slow)])
 def debugged(request, tmp_path):
     """Switches a debugger on, and gives what switches it off."""
     return (
