@@ -465,7 +465,8 @@ def lstm():
         ),
         (
             lambda m: convert(Given(layers.SimpleRNN, name="net")),
-            ["a class has none", "convert in rnn.", "get_config"],
+            # An older Keras makes a configuration of any class.
+            ["rnn.", "get_config"],
         ),
         (
             lambda m: convert(keras.Sequential([MadeInside()])),
