@@ -5,9 +5,9 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt import events
-from keras_bptt.layer_flow import check_tolerance, is_number
-from keras_bptt.measuring_callback import MeasuringCallback, check_positive, quantities
+from keras_bptt.flow import tensorboard
+from keras_bptt.flow.layer_flow import check_tolerance, is_number
+from keras_bptt.flow.measuring_callback import MeasuringCallback, check_positive, quantities
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
 # The decades of |dL/dh_t| between the ends of the colours.
@@ -118,16 +118,16 @@ class GradientFlowLogger(MeasuringCallback):
         for name, flow in self.flow.items():
             tag = f"gradient_flow/{name}"
             for quantity, value in numbers[name].items():
-                events.scalar(f"{tag}/{quantity}", value, epoch)
+                tensorboard.scalar(f"{tag}/{quantity}", value, epoch)
             words = [flow.explanation, *(f"- {item}" for item in flow.advice)]
-            events.text(f"{tag}/verdict", "\n\n".join(words), epoch)
+            tensorboard.text(f"{tag}/verdict", "\n\n".join(words), epoch)
             with np.errstate(divide="ignore"):
-                row = np.log10(events.fewer(flow.mean_adjoint))
+                row = np.log10(tensorboard.fewer(flow.mean_adjoint))
             rows = self._rows.setdefault(name, [])
             rows.append(row)
-            events.image(
+            tensorboard.image(
                 f"{tag}/adjoint_norms",
-                events.heat_map(np.stack(rows), *DECADES),
+                tensorboard.heat_map(np.stack(rows), *DECADES),
                 epoch,
                 "Mean of |dL/dh_t|: steps from left to right, epochs from top to bottom, "
                 f"colours from 1e{DECADES[0]} (dark) to 1e{DECADES[1]} (bright).",

@@ -5,10 +5,10 @@ import warnings
 
 import keras
 
-from keras_bptt.copied_state import copy_optimizer_state, copy_own_state
-from keras_bptt.inside import layers_inside
-from keras_bptt.layers import BPTTRNN
-from keras_bptt.wording import meant
+from keras_bptt.layers.copied_state import copy_optimizer_state, copy_own_state
+from keras_bptt.layers.inside import layers_inside
+from keras_bptt.layers.bptt_rnn import BPTTRNN
+from keras_bptt.runtime.wording import meant
 
 # What BPTTRNN can be told beyond SimpleRNN without another weight.
 _OPTIONS = ("truncation", "checkpoint_every", "adjoint_clipnorm", "jit_compile")

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from helpers import MODES
 
-import keras_bptt.blocks
-import keras_bptt.loops
+import keras_bptt.engine.blocks
+import keras_bptt.engine.loops
 
 # So that a few steps are some blocks, or some and a shorter one, and some iterations.
 SMALL = {

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from helpers import relative_error, rng
 
-from keras_bptt import activations
-from keras_bptt.activations import resolve
+from keras_bptt.cells import activations
+from keras_bptt.cells.activations import resolve
 
 DTYPES = pytest.mark.parametrize("dtype", ["float64", "float32"])
 # Every function whose slope is taken from its output, under the name of its module.

@@ -16,10 +16,10 @@ from tensorflow.python.eager import context  # no public name tells what grapple
 from test_checkpoints import EVERY, MODULES, SHAPE, B, D, H, T, bound
 from test_recurrence import random_problem
 
-import keras_bptt.blocks
-import keras_bptt.fused
-from keras_bptt.activations import resolve
-from keras_bptt.recurrence import Constants, Recurrence
+import keras_bptt.engine.blocks
+import keras_bptt.engine.fused
+from keras_bptt.cells.activations import resolve
+from keras_bptt.engine.recurrence import Constants, Recurrence
 
 
 @pytest.mark.parametrize("every", EVERY, ids=str)
@@ -38,7 +38,7 @@ def test_kept_are_the_states_before_the_blocks(every, steps, sequences):
 
     @tf.function(input_signature=specs)
     def forward(*arguments):
-        outputs, kept = keras_bptt.fused.forward(
+        outputs, kept = keras_bptt.engine.fused.forward(
             options, Constants(), *arguments, None, None
         )
         return outputs, kept

@@ -29,11 +29,11 @@ from test_recurrence import (
 )
 from test_recurrence import evaluate as evaluate_known
 
-import keras_bptt.activations
-import keras_bptt.blocks
-import keras_bptt.fused
-import keras_bptt.recurrence
-import keras_bptt.shards
+import keras_bptt.cells.activations
+import keras_bptt.engine.blocks
+import keras_bptt.engine.fused
+import keras_bptt.engine.recurrence
+import keras_bptt.engine.shards
 
 MODULES = types.SimpleNamespace(
     activations=keras_bptt.activations,
@@ -342,7 +342,7 @@ def test_parts_of_the_batch(monkeypatch, constants, option):
     monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
     monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
     parts = []
-    original = keras_bptt.fused.backward_of_shard
+    original = keras_bptt.engine.fused.backward_of_shard
     monkeypatch.setattr(
         keras_bptt.fused,
         "backward_of_shard",
@@ -379,11 +379,11 @@ def test_steps_that_pad_a_block_in_xla():
     got = evaluate(bound(units=5, checkpoint_every=3), problem, "xla")
     assert_close(got, want, FLOAT64)
     # Memory that held something else shows what was not written.
-    steps = keras_bptt.blocks.Blocks(8, 3, True)
+    steps = keras_bptt.engine.blocks.Blocks(8, 3, True)
 
     @tf.function(jit_compile=True)
     def padded(x):
-        return keras_bptt.blocks.padded(x, steps)
+        return keras_bptt.engine.blocks.padded(x, steps)
 
     x = tf.constant(problem.x)
     for _ in range(200):

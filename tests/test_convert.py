@@ -8,7 +8,7 @@ from helpers import FLOAT32, B, D, H, T, relative_error, rng, without_graphs
 from keras import layers
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, convert
-from keras_bptt.inside import layers_inside
+from keras_bptt.layers.inside import layers_inside
 
 # Two sums of the same numbers in float32, in another order.
 SAME = 1e-6

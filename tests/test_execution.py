@@ -29,13 +29,13 @@ from helpers import (
 )
 from tensorflow.core.protobuf import saved_model_pb2
 
-import keras_bptt.activations
-import keras_bptt.blocks
-import keras_bptt.recurrence
-import keras_bptt.shards
+import keras_bptt.cells.activations
+import keras_bptt.engine.blocks
+import keras_bptt.engine.recurrence
+import keras_bptt.engine.shards
 from keras_bptt import BPTTRNN
-from keras_bptt.execution import within_xla
-from keras_bptt.passes import backward_pass, forward_pass
+from keras_bptt.runtime.execution import within_xla
+from keras_bptt.engine.passes import backward_pass, forward_pass
 
 slow = pytest.mark.slow
 
@@ -145,7 +145,7 @@ def sharded(monkeypatch):
     monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 0)
     monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
     calls = []
-    original = keras_bptt.fused.split
+    original = keras_bptt.engine.fused.split
 
     def split(count, structure):
         calls.append(count)
@@ -274,7 +274,7 @@ def test_one_graph_for_all_lengths(activation, sequence, masked, mode):
 def test_new_lengths_compile_nothing_new(monkeypatch):
     """XLA compiles for shapes: every block of every length must have the same."""
     shapes = []
-    original = keras_bptt.fused.call
+    original = keras_bptt.engine.fused.call
 
     def call(function, options, jit_compile, valid, *tensors):
         assert jit_compile
@@ -296,8 +296,8 @@ def test_new_lengths_compile_nothing_new(monkeypatch):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_number_of_steps_is_no_constant_of_a_compiled_pass(backward):
     """Else XLA would compile for each number of steps that a last block may have."""
-    activation = keras_bptt.activations.resolve(keras.activations.tanh, H, "float32")
-    options = keras_bptt.recurrence.Recurrence(activation)
+    activation = keras_bptt.cells.activations.resolve(keras.activations.tanh, H, "float32")
+    options = keras_bptt.engine.recurrence.Recurrence(activation)
 
     @tf.function(jit_compile=True)
     def call(valid, U, state, z, h):

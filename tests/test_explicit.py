@@ -9,10 +9,10 @@ import tensorflow as tf
 from helpers import MODES, rng
 from mutation import copy_of_modules
 
-from keras_bptt import explicit as module
-from keras_bptt.activations import resolve
-from keras_bptt.explicit import Derivation, explicit, explicit_first_order, run, vjp
-from keras_bptt.recurrence import Constants, Recurrence, recurrence
+from keras_bptt.runtime import explicit as module
+from keras_bptt.cells.activations import resolve
+from keras_bptt.runtime.explicit import Derivation, explicit, explicit_first_order, run, vjp
+from keras_bptt.engine.recurrence import Constants, Recurrence, recurrence
 
 
 def product(a, b):

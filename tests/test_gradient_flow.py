@@ -9,8 +9,8 @@ import tensorflow as tf
 from helpers import few, random_weights, rng, without_graphs
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, gradient_flow
-from keras_bptt.reference import hidden_gradients
-from keras_bptt.truncated_reference import clipped_gradients, truncated_gradients
+from keras_bptt.reference.simple_rnn import hidden_gradients
+from keras_bptt.reference.truncation import clipped_gradients, truncated_gradients
 
 # All different, and more steps than blocks and windows.
 B, T, D, H = 3, 9, 4, 6

@@ -19,12 +19,13 @@ import tensorflow as tf
 from helpers import FLOAT64, MODES, WAYS, few, relative_error, rng
 from mutation import mutation_tests
 
-import keras_bptt.activations
-import keras_bptt.blocks
-import keras_bptt.recurrence
-import keras_bptt.shards
-import keras_bptt.truncated
-from keras_bptt import reference, truncated_reference
+import keras_bptt.cells.activations
+import keras_bptt.engine.blocks
+import keras_bptt.engine.recurrence
+import keras_bptt.engine.shards
+import keras_bptt.engine.truncated
+from keras_bptt import reference
+from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
 
 MODULES = types.SimpleNamespace(
@@ -548,7 +549,7 @@ def check_shards(modules, mask=MASK, window=None, **options):
     ),
 )
 def test_shards(masked, window, every, monkeypatch):
-    calls, original = [], keras_bptt.fused.backward_of_shard
+    calls, original = [], keras_bptt.engine.fused.backward_of_shard
     monkeypatch.setattr(
         keras_bptt.fused,
         "backward_of_shard",

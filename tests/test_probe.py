@@ -22,7 +22,10 @@ from helpers import (
 )
 from mutation import mutation_tests
 
-from keras_bptt import activations, probe, recurrence, truncated_reference
+from keras_bptt.cells import activations
+from keras_bptt.engine import recurrence
+from keras_bptt.flow import probe
+from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
 
 POLICIES = {

@@ -22,9 +22,10 @@ from helpers import (
 )
 from tensorflow.core.protobuf import saved_model_pb2
 
-import keras_bptt.layers
-from keras_bptt import BPTTRNN, RandomizedTruncation, truncated_reference
-from keras_bptt.calls import drawn_factors
+import keras_bptt.layers.bptt_rnn
+from keras_bptt import BPTTRNN, RandomizedTruncation
+from keras_bptt.reference import truncation as truncated_reference
+from keras_bptt.layers.calls import drawn_factors
 
 T = 5
 STATE = random_inputs(B, H, seed=5)
@@ -44,7 +45,7 @@ def layer_of(truncation=POLICY, **options):
 @pytest.fixture
 def draws(monkeypatch):
     """The factors of every eager call, as they are drawn."""
-    seen, draw = [], keras_bptt.layers.drawn_factors
+    seen, draw = [], keras_bptt.layers.bptt_rnn.drawn_factors
 
     def spy(*arguments):
         factors = draw(*arguments)

@@ -26,9 +26,9 @@ from helpers import (
 )
 from mutation import assert_caught, copy_of_modules
 
-import keras_bptt.activations
-import keras_bptt.blocks
-import keras_bptt.recurrence
+import keras_bptt.cells.activations
+import keras_bptt.engine.blocks
+import keras_bptt.engine.recurrence
 from keras_bptt import reference
 
 # What a check takes: the modules, or copies of them of which one is broken.

@@ -14,8 +14,8 @@ import tensorflow as tf
 from helpers import WAYS, few, relative_error, rng, without_graphs
 from mutation import assert_caught, copy_of_modules
 
-import keras_bptt.activations
-import keras_bptt.scans
+import keras_bptt.cells.activations
+import keras_bptt.engine.scans
 
 # What a check takes: the modules, or copies of them of which one is broken.
 MODULES = types.SimpleNamespace(
@@ -191,10 +191,10 @@ def test_states_at_masked_steps_with_nan():
     mask = tf.constant([True, False, True, False])[:, None, None]
     z, U, h_0 = tensors((4, B, H), (H, H), (B, H))
     for activation in KINDS:
-        static = keras_bptt.scans.States(resolved(MODULES, activation))
+        static = keras_bptt.engine.scans.States(resolved(MODULES, activation))
 
         def run(z, U, h_0, static=static):
-            return keras_bptt.scans.states(static, z, U, h_0, mask)
+            return keras_bptt.engine.scans.states(static, z, U, h_0, mask)
 
         results = [
             derivatives(run, 2, (4, B, H))(filled, U, h_0)
@@ -325,7 +325,7 @@ def test_adjoint_scan_of_one_step(reverse, transposed, mixing, unroll):
     )
     with tf.GradientTape() as tape:
         tape.watch([e, *others])
-        v = keras_bptt.scans.adjoint_scan(options, e, *others)
+        v = keras_bptt.engine.scans.adjoint_scan(options, e, *others)
     (cotangent,) = tensors(e.shape, seed=3)
     d_e, *d_others = tape.gradient(v, [e, *others], cotangent)
     np.testing.assert_array_equal(v, e)
@@ -369,10 +369,10 @@ def test_transposition(reverse, transposed, mixing):
 )
 def test_batch_of_none(activation, mode):
     z, U, h_0 = tensors((T, 0, H), (H, H), (0, H))
-    static = keras_bptt.scans.States(resolved(MODULES, activation))
+    static = keras_bptt.engine.scans.States(resolved(MODULES, activation))
 
     def run(z, U, h_0):
-        return keras_bptt.scans.states(static, z, U, h_0)
+        return keras_bptt.engine.scans.states(static, z, U, h_0)
 
     d_z, d_U, d_h_0 = WAYS[mode](derivatives(run, 2, (T, 0, H)))(z, U, h_0)
     assert d_z.shape == z.shape

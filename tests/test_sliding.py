@@ -34,9 +34,9 @@ from test_truncated import (
     unrolled,
 )
 
-import keras_bptt.fused
-import keras_bptt.shards
-import keras_bptt.sliding
+import keras_bptt.engine.fused
+import keras_bptt.engine.shards
+import keras_bptt.engine.sliding
 from keras_bptt.truncation import Truncation
 
 
@@ -233,7 +233,7 @@ def test_parts_of_the_batch(monkeypatch, window, mask):
     monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
     monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
     calls = []
-    original = keras_bptt.fused.backward_of_shard
+    original = keras_bptt.engine.fused.backward_of_shard
     monkeypatch.setattr(
         keras_bptt.fused,
         "backward_of_shard",
@@ -311,7 +311,7 @@ def test_rows_are_as_many_as_windows_hold_a_step():
         [(3, 3), (3, 1), (5, 2), (4, 2), (9, 2)], [1, 3, 3, 2, 5], strict=True
     ):
         ds = tf.ones([B, H])
-        shape = keras_bptt.sliding.rows_of(Truncation(steps, stride), ds).shape
+        shape = keras_bptt.engine.sliding.rows_of(Truncation(steps, stride), ds).shape
         assert shape == (rows, B, H)
 
 

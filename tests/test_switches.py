@@ -10,8 +10,8 @@ from helpers import D, H, T, pair, random_inputs, without_graphs
 from tensorflow.python.framework import config as tf_config
 
 from keras_bptt import BPTTRNN
-from keras_bptt.activations import resolve, xla_compiles
-from keras_bptt.execution import run
+from keras_bptt.cells.activations import resolve, xla_compiles
+from keras_bptt.runtime.execution import run
 
 
 def check_numerics():

@@ -25,11 +25,11 @@ from helpers import (
 )
 from mutation import each, mutation_tests
 
-import keras_bptt.activations
-import keras_bptt.recurrence
-import keras_bptt.shards
-import keras_bptt.truncated
-from keras_bptt import truncated_reference
+import keras_bptt.cells.activations
+import keras_bptt.engine.recurrence
+import keras_bptt.engine.shards
+import keras_bptt.engine.truncated
+from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
 
 # All different. Blocks of 2, 3 and 4 steps: T is a multiple of none of them but one.
@@ -304,7 +304,7 @@ def test_parts_of_the_batch(monkeypatch, window, mask):
     if window is None:
         constants["factors"], options = tf.constant(factors), {"factors": factors}
     calls = []
-    original = keras_bptt.fused.backward_of_shard
+    original = keras_bptt.engine.fused.backward_of_shard
     monkeypatch.setattr(
         keras_bptt.fused,
         "backward_of_shard",
@@ -595,8 +595,8 @@ def recurrent_products(program):
 
 def backward_program(window, T, masked):
     """XLA's of the backward pass alone, from the states to the gradients."""
-    options = keras_bptt.recurrence.Recurrence(
-        activation=keras_bptt.activations.resolve(tf.tanh, H, "float32"),
+    options = keras_bptt.engine.recurrence.Recurrence(
+        activation=keras_bptt.cells.activations.resolve(tf.tanh, H, "float32"),
         return_sequences=True,
         truncation=None if window is None else Truncation(*window),
     )
@@ -608,12 +608,12 @@ def backward_program(window, T, masked):
 
     @tf.function(jit_compile=True)
     def backward(h, last, dy, ds, x, W, U, h_0, b, *mask):
-        constants = keras_bptt.recurrence.Constants(*mask)
+        constants = keras_bptt.engine.recurrence.Constants(*mask)
         arguments = x, W, U, h_0, b, None, None
         if window is None:
-            plain = keras_bptt.fused.gradients
+            plain = keras_bptt.engine.fused.gradients
             return plain(options, constants, (), h, (dy, ds), *arguments)
-        of = keras_bptt.truncated.backward
+        of = keras_bptt.engine.truncated.backward
         return of(options, constants, (h, last), (), (dy, ds), *arguments)
 
     return backward.experimental_get_compiler_ir(*tensors)(stage="optimized_hlo")

@@ -13,8 +13,9 @@ import types
 import numpy as np
 import pytest
 
-from keras_bptt import reference, truncated_reference
-from keras_bptt.reference import central_differences
+from keras_bptt import reference
+from keras_bptt.reference import truncation as truncated_reference
+from keras_bptt.reference.simple_rnn import central_differences
 
 # All different, so that no transpose hides behind a shape that fits by accident.
 B, T, D, H = 4, 7, 2, 3

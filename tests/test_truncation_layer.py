@@ -36,7 +36,8 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, truncated_reference
+from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
+from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import policy as policy_of
 
 # Longer than any window but one, and a multiple of no block.

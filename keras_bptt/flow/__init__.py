@@ -1,0 +1,6 @@
+"""The gradient flow of a model: measured, explained, drawn, logged.
+
+* `gradient_flow`: the function `gradient_flow`.
+* `layer_flow`, `model_flow`: what it returns, `LayerFlow` and `GradientFlow`.
+* `measuring_callback`, `tensorboard`: what the callbacks are made of.
+"""

@@ -1,0 +1,298 @@
+"""The gradient flow of one layer: its numbers, and what follows from them."""
+
+import dataclasses
+import math
+import numbers
+import warnings
+from typing import Any
+
+import numpy as np
+
+from keras_bptt.flow import verdict
+from keras_bptt.flow.advice import advice
+from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LayerFlow:
+    """How the gradient flows back through one layer: what `gradient_flow` returns of it.
+
+    With a_t = dL/dh_t in full, the adjoint, and delta_t = dL/dz_t, as they are in training,
+    truncated and clipped as the layer says, in the units of the loss (a mean loss has
+    divided by the batch). Norms are over the units of an example. Steps are in the order of
+    processing; where a mask skips one there is NaN. A loss, in what is said by lag, is the
+    cotangent e_s of one step, and lag k is k real steps before it:
+
+        share of lag k = sum |a_{s-k}| / sum |e_s|      a of the loss at s alone
+
+    over the examples and the losses that have so many steps before them (of many losses a
+    sample, spread over the sequence).
+
+    Attributes:
+        name: of the layer.
+        activation: its name.
+        truncation, adjoint_clipnorm: of the layer.
+        adjoint_norms: |a_t| (examples, timesteps).
+        delta_norms: |delta_t| (examples, timesteps).
+        lag_norms: how much of a loss reaches k = 0, 1, ... steps back, as a share of what
+            it is at its own step; with the layer's truncation and clipping.
+        free_lag_norms: the same without truncation and clipping of this layer. What layers
+            above it send is as they send it, truncated where they are.
+        last_step_only: whether the loss reads the last state alone.
+        singular_values: of U, the recurrent kernel, the largest first.
+        spectral_radius: the largest absolute value of U's eigenvalues.
+        max_slope: the largest value of f'; infinite where there is none, None where the
+            activation mixes units.
+        saturated: the share of units where f' is less than a twentieth of its largest
+            value, for each step; None but for tanh and sigmoid.
+        inactive: the share of units that are 0, for each step; None but for relu.
+        dead: the share of units that are 0 at every step of every example; None but for
+            relu.
+        state_norms: |h_t| (examples, timesteps); infinite where a state is not finite.
+        state_growth: the largest |h_t| as a multiple of what has come in until then,
+            |h_0| + sum |f(x_s W + b)|; at most 1 where `bound` is.
+        not_finite: what is not finite, in words, of that which the numbers rest on: causes
+            (inputs, targets, weights, the initial state), then states and the loss.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_bptt import BPTTRNN, gradient_flow
+    >>> model = keras.Sequential([keras.Input((10, 2)), BPTTRNN(4, name="rnn")])
+    >>> flow = gradient_flow(model, np.ones((3, 10, 2)), np.ones((3, 4)), loss="mse")
+    >>> flow["rnn"].adjoint_norms.shape, flow["rnn"].lag_norms.shape
+    ((3, 10), (10,))
+    >>> round(flow["rnn"].bound, 3), flow["rnn"].last_step_only
+    (1.0, True)
+    """
+
+    name: str
+    activation: str
+    truncation: Truncation | RandomizedTruncation | None
+    adjoint_clipnorm: float | None
+    adjoint_norms: np.ndarray
+    delta_norms: np.ndarray
+    lag_norms: np.ndarray
+    free_lag_norms: np.ndarray
+    last_step_only: bool
+    singular_values: np.ndarray
+    spectral_radius: float
+    max_slope: float | None
+    saturated: np.ndarray | None = None
+    inactive: np.ndarray | None = None
+    dead: float | None = None
+    state_norms: np.ndarray | None = None
+    state_growth: float = 0.0
+    not_finite: tuple[str, ...] = ()
+
+    @property
+    def timesteps(self) -> int:
+        """How many steps a sequence has at most, masked ones included."""
+        return self.adjoint_norms.shape[1]
+
+    @property
+    def units(self) -> int:
+        return len(self.singular_values)
+
+    @property
+    def mean_adjoint(self) -> np.ndarray:
+        """The mean of |a_t| over the examples, for each step."""
+        return over_examples(np.nanmean, self.adjoint_norms)
+
+    @property
+    def mean_delta(self) -> np.ndarray:
+        """The mean of |delta_t| over the examples, for each step."""
+        return over_examples(np.nanmean, self.delta_norms)
+
+    def adjoint_quantiles(self, q=(0.1, 0.5, 0.9)) -> np.ndarray:
+        """Quantiles of |a_t| over the examples, (quantiles, timesteps)."""
+        return over_examples(
+            lambda a, axis: np.nanquantile(a, q, axis=axis), self.adjoint_norms
+        )
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest singular value of U."""
+        return float(self.singular_values[0])
+
+    @property
+    def bound(self) -> float | None:
+        """sigma_max(U) max f': no step multiplies |a_t| by more (Pascanu et al. 2013).
+
+        Below 1 the gradient vanishes, whatever the inputs are: at least as fast as its
+        powers. Above 1 it may explode, and need not. None for an activation that mixes
+        units. (Recurrent dropout, which scales the state, is left out.)
+        """
+        return None if self.max_slope is None else self.sigma_max * self.max_slope
+
+    @property
+    def factor(self) -> float:
+        """By how much one step multiplies the gradient: the geometric mean over all lags.
+
+        Of the gradient without truncation and clipping. NaN where no step is reached from
+        another one.
+        """
+        shares = self.free_lag_norms
+        known = np.flatnonzero((shares > 0) & np.isfinite(shares))
+        if len(known) < 2:
+            return 0.0 if len(shares) > 1 and len(known) == 1 else math.nan
+        return float((shares[known[-1]] / shares[0]) ** (1 / known[-1]))
+
+    @property
+    def half_life(self) -> float:
+        """The number of steps after which half of the gradient is left; inf: it grows."""
+        factor = self.factor
+        if not factor < 1:
+            return math.nan if math.isnan(factor) else math.inf
+        return 0.0 if factor == 0 else math.log(0.5) / math.log(factor)
+
+    @property
+    def finite(self) -> bool:
+        """Whether what is said of the gradient rests on finite numbers."""
+        return not self.not_finite and bool(np.all(np.isfinite(self.free_lag_norms)))
+
+    @property
+    def verdict(self) -> str:
+        """The case: "healthy", "vanishing", "exploding", "truncated", "exploding states"
+        (the forward pass does), "not finite" or "none" (no gradient)."""
+        return verdict.kind(self)
+
+    @property
+    def explanation(self) -> str:
+        """The verdict in words, with its numbers."""
+        return verdict.explanation(self)
+
+    @property
+    def advice(self) -> list[str]:
+        """What is likely to help, the most likely first; nothing if it is not finite."""
+        return advice(self)
+
+    def truncation_bias(self, steps: int, stride: int | None = None) -> float:
+        """An estimate of the relative bias of `Truncation(steps, stride)`.
+
+        The share of the norms by lag, without truncation and clipping, that lies beyond the
+        window, as a mean over the losses of a block:
+
+            bias = mean over d = 0 ... stride - 1 of  rest(steps - d) / rest(0)
+            rest(k) = sum of the shares of the lags k, k + 1, ...
+
+        Beyond the lags that the sequences have the shares go on decaying by the factor of
+        the second half of those they have (least squares of the logarithms): the sequence
+        counts as part of a longer one. Where that factor is not below 1, the bias is 1.
+
+        It is the bound of Aicher et al. 2019, relative to the sum of all contributions. It
+        says how much of the gradient is missing if all lags pull in one direction; what a
+        task needs may be in the small part, and the norms are those of these weights.
+
+        Args:
+            steps, stride: of the `Truncation`. Where the loss reads the last state alone,
+                the stride makes no difference.
+        """
+        if steps >= self.timesteps:
+            return 0.0
+        biases = self._biases(1 if self.last_step_only else stride)
+        return float(biases[min(steps, len(biases)) - 1])
+
+    def suggest_truncation(
+        self, tolerance: float = 0.05, stride: int | None = 1
+    ) -> int | None:
+        """The smallest k such that the bias of `Truncation(k, stride)` is within tolerance.
+
+        Measured without truncation and clipping, so that the suggestion may exceed the
+        window that the layer has.
+
+        Args:
+            tolerance: between 0 and 1, the relative bias (`truncation_bias`).
+            stride: the length of a block. 1: every loss reaches k steps back. None: chunks,
+                stride = k, as `truncation=k` means, whose first losses reach less far:
+                they take a larger k, unless the loss reads the last state alone.
+
+        Returns:
+            k, or None: no window shorter than the sequence will do, or what it would rest
+            on is not `finite`.
+        """
+        check_tolerance(tolerance)
+        if stride is not None and not positive_integer(stride):
+            raise ValueError(
+                "`stride` must be a positive integer, the length of a block, or None. "
+                f"Received: stride={stride!r}."
+            )
+        if not self.finite:
+            return None
+        biases = self._biases(1 if self.last_step_only else stride)
+        enough = np.flatnonzero(biases[:-1] <= tolerance)
+        return int(enough[0]) + 1 if len(enough) else None
+
+    def summary(self) -> str:
+        """The report for a terminal."""
+        return verdict.summary(self)
+
+    __repr__ = summary
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON; null where a number is missing or not finite."""
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.truncation is not None:
+            kept["truncation"] = self.truncation.get_config()
+        derived = (
+            "mean_adjoint mean_delta sigma_max bound factor half_life verdict "
+            "explanation advice"
+        )
+        kept |= {name: getattr(self, name) for name in derived.split()}
+        kept["suggested_truncation"] = self.suggest_truncation()
+        return {name: _plain(value) for name, value in kept.items()}
+
+    def _biases(self, stride):
+        """`truncation_bias` for windows of 1, 2, ... steps, up to the longest lag + 1."""
+        rest = np.append(self._rest()[1:], 0.0)  # at the end a window that holds all
+        sums = np.append(0.0, np.cumsum(rest))
+        k = np.arange(1, len(rest) + 1)
+        block = k if stride is None else np.minimum(k, stride)
+        return (sums[k] - sums[k - block]) / block
+
+    def _rest(self):
+        """The share of all that lies at lag k or beyond, for k = 0 ... the longest lag."""
+        shares = np.nan_to_num(self.free_lag_norms, nan=math.inf, posinf=math.inf)
+        if not len(shares) or not np.all(np.isfinite(shares)):
+            return np.ones(max(len(shares), 1))
+        half = np.arange(len(shares) // 2, len(shares))
+        half = half[shares[half] > 0]
+        beyond = 0.0
+        if len(half) > 1:
+            slope = np.polyfit(half, np.log(shares[half]), 1)[0]
+            if slope >= 0:
+                return np.ones(len(shares))
+            if shares[-1] > 0:
+                decay = math.exp(slope)
+                beyond = shares[-1] * decay / (1 - decay)
+        rest = np.cumsum(shares[::-1])[::-1] + beyond
+        return rest / rest[0] if rest[0] > 0 else rest
+
+
+def over_examples(function, norms):
+    """The function of the examples that have a step; NaN where none has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a step that all examples mask
+        return function(norms, axis=0)
+
+
+def check_tolerance(tolerance):
+    if not is_number(tolerance) or not 0 < tolerance < 1:
+        raise ValueError(
+            "`tolerance` must be a number between 0 and 1, the relative bias of the "
+            f"gradient. Received: tolerance={tolerance!r}. Pass 0.05 for 5 %."
+        )
+
+
+def is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _plain(value):
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int)):
+        return float(value) if math.isfinite(value) else None
+    return value

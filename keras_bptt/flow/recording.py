@@ -1,0 +1,89 @@
+"""A model, run once and eagerly, whose layers are observed: what they were given.
+
+Under a tape, which gives the cotangents that each call of a layer receives.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bptt.runtime.explicit import cut_off
+from keras_bptt.flow.probe import observed
+from keras_bptt.engine.truncated import truncated_recurrence
+
+
+class Call(NamedTuple):
+    """One call of a layer: what it was given, and what its loss sends back to it."""
+
+    layer: keras.Layer
+    options: object
+    constants: object
+    arguments: tuple
+    outputs: tuple
+
+
+class Recorder:
+    """Keeps the recurrences of the layers that are wanted, and watches their outputs."""
+
+    def __init__(self, tape, wanted):
+        self.tape, self.wanted = tape, wanted
+        self.calls, self.seen = [], []
+
+    def __call__(self, layer, options, constants, *arguments):
+        self.seen.append(layer.name)
+        if not self.wanted(layer):
+            return truncated_recurrence(options, constants, *arguments)
+        if not tf.executing_eagerly():
+            raise ValueError(
+                f"The gradient flow of a layer is measured where the model calls it "
+                f"eagerly. Received: {layer.name}, called inside a tf.function. Take the "
+                "tf.function, or the tf.map_fn, off the model for the measurement."
+            )
+        # Not compiled: for a single run it would not pay.
+        options = dataclasses.replace(
+            options, keep_states=True, unroll=False, jit_compile=False
+        )
+        outputs = truncated_recurrence(options, constants, *arguments)
+        # The output and the state may be one tensor, which would have both cotangents.
+        outputs = tuple(map(tf.identity, outputs))
+        self.tape.watch(outputs)
+        arguments = tf.nest.map_structure(cut_off, arguments)
+        self.calls.append(Call(layer, options, constants, arguments, outputs))
+        return outputs
+
+
+class Run(NamedTuple):
+    """A model, run: the calls of the layers that are wanted, and the names of all."""
+
+    calls: list
+    seen: list
+    loss: float
+    tape: tf.GradientTape
+    value: tf.Tensor
+
+    def cotangents(self, scale):
+        """Of the outputs of each call, where the loss is multiplied by the scale."""
+        return self.tape.gradient(
+            self.value,
+            [call.outputs for call in self.calls],
+            tf.fill(tf.shape(self.value), tf.cast(scale, self.value.dtype)),
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+
+
+def run(model, x, loss, wanted, training):
+    """Run the model and `loss(y_pred)`.
+
+    The state of the model stays as it is: what stateful layers, batch normalisation, seeds
+    and metrics would assign goes to the scope, and with it.
+    """
+    scope = keras.StatelessScope(collect_losses=True)
+    # Of the outputs of these layers alone: what lies before them needs no gradient.
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with tape, scope:
+        recorder = Recorder(tape, wanted)
+        with observed(recorder):
+            value = tf.convert_to_tensor(loss(model(x, training=training)))
+    return Run(recorder.calls, recorder.seen, float(tf.reduce_sum(value)), tape, value)

@@ -1,0 +1,5 @@
+"""What Keras sees: arguments, states, masks, dtypes. No derivative is computed here.
+
+* `bptt_rnn`: the layer `BPTTRNN`.
+* `observing`: who else wants to see what a layer asks of the engine.
+"""

@@ -1,0 +1,7 @@
+"""How TensorFlow is used: no mathematics of recurrent networks, no Keras layer.
+
+* `execution`: cached graphs, XLA, processor cores.
+* `explicit`: a function with a gradient that is written out.
+* `tensors`: zeros, parts and sums of tensors, made safely.
+* `wording`: what errors call the things that they are about.
+"""
