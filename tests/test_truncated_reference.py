@@ -37,6 +37,10 @@ MASK = np.array(
 # (steps, stride): one step, chunks that fit and do not, sliding, overlapping, all paths.
 WINDOWS = [(1, 1), (3, 3), (4, 4), (3, 1), (3, 2), (4, 3), (6, 2), (7, 7), (9, 2)]
 FEW_WINDOWS = [(2, 2), (3, 1), (4, 3)]
+# What limits an adjoint.
+NORM, GROWTH = {"adjoint_clipnorm": 0.5}, {"adjoint_max_growth": 1.1}
+BOTH = {"adjoint_clipnorm": 5.0, "adjoint_max_growth": 1.1}
+CLIPS = {"": None, "norm": NORM, "growth": GROWTH, "both": BOTH}
 
 
 def random_problem(seed=0, masked=False, dropout=False):
@@ -59,6 +63,16 @@ def random_problem(seed=0, masked=False, dropout=False):
         keep = rng.random((B, H)) < 0.7
         problem["recurrent_dropout"] = np.where(keep, 1 / 0.7, 0.0)
     return problem
+
+
+def exploding(problem):
+    """Adjoints of it exceed all that the losses send; the states do not saturate."""
+    return problem | {"U": 2 * problem["U"], "f": "linear"}
+
+
+def clippable(problem, clip):
+    """A problem in which the limits do act: `test_the_limits_of_these_tests_act`."""
+    return problem if clip in (None, NORM) else exploding(problem)
 
 
 def full(problem):
@@ -277,8 +291,8 @@ def padded(problem, n_padding, seed=0):
 
 
 def check_padding(modules=truncated_reference):
-    for window, clip in itertools.product([*FEW_WINDOWS, (T, 2)], [None, 0.5]):
-        problem = random_problem(5, dropout=True)
+    for window, clip in itertools.product([*FEW_WINDOWS, (T, 2)], CLIPS.values()):
+        problem = clippable(random_problem(5, dropout=True), clip)
         problem["factors"] = np.random.default_rng(5).normal(size=(B, T))
         for padding in (1, 4):
             more = padded(problem, padding, seed=padding)
@@ -297,31 +311,40 @@ def any_gradients(problem, window, clip, modules=truncated_reference):
     options = dict(zip(("steps", "stride"), window, strict=True))
     if clip is None:
         return modules.truncated_gradients(**problem, **options)
-    return modules.clipped_gradients(**problem, **options, adjoint_clipnorm=clip)
+    return modules.clipped_gradients(**problem, **options, **clip)
 
 
 def test_padding_changes_nothing():
     check_padding()
 
 
-@pytest.mark.parametrize("clip", [None, 0.5])
-@pytest.mark.parametrize("window", FEW_WINDOWS)
-def test_a_cotangent_at_a_masked_step_belongs_to_the_real_step_before(window, clip):
-    problem = random_problem(6, masked=True)
-    d = any_gradients(problem, window, clip)
+def check_masked_cotangents(modules=truncated_reference):
+    for window, clip in itertools.product([*FEW_WINDOWS, (T, 2)], CLIPS.values()):
+        check_masked_cotangents_of(window, clip, modules)
+
+
+def check_masked_cotangents_of(window, clip, modules=truncated_reference):
+    problem = clippable(random_problem(6, masked=True), clip)
+    d = any_gradients(problem, window, clip, modules)
     moved, early = np.zeros_like(problem["e"]), np.zeros((B, H))
     for n, t in np.ndindex(B, T):
         before = np.flatnonzero(MASK[n, : t + 1])
         target = moved[n, before[-1]] if len(before) else early[n]
         target += problem["e"][n, t]
-    again = any_gradients(problem | {"e": moved}, window, clip)
+    again = any_gradients(problem | {"e": moved}, window, clip, modules)
     again.d_initial_state[...] += early
     assert_close(d, again, ROUNDING, {*ARGUMENTS.values(), "delta"})
 
 
+@pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("window", FEW_WINDOWS)
+def test_a_cotangent_at_a_masked_step_belongs_to_the_real_step_before(window, clip):
+    check_masked_cotangents_of(window, clip)
+
+
 def test_nothing_but_padding():
     problem = random_problem(6, masked=True)
-    for clip in (None, 0.5):
+    for clip in CLIPS.values():
         d = any_gradients(problem, (2, 1), clip)
         lost = problem["e"][3].sum(axis=0)
         assert np.allclose(d.d_initial_state[3], lost, rtol=ROUNDING)
@@ -408,37 +431,57 @@ def clipped(problem, modules=truncated_reference, **options):
 def test_a_large_norm_clips_nothing(window, masked):
     problem = random_problem(9, masked, dropout=True)
     problem["factors"] = np.random.default_rng(9).normal(size=(B, T))
-    for norm in (1e9, np.inf):
-        d = any_gradients(problem, window, norm)
+    limits = [{"adjoint_clipnorm": norm} for norm in (1e9, np.inf)]
+    limits += [{"adjoint_max_growth": 1e9}, limits[0] | {"adjoint_max_growth": 1e9}]
+    for clip in limits:
+        d = any_gradients(problem, window, clip)
         assert_close(d, any_gradients(problem, window, None))
 
 
-def clipped_by_hand(problem, block, window, norm):
+def clipped_by_hand(problem, block, window, norm=np.inf, growth=None):
     """delta of one window: the losses of its block, walked back with clipping."""
     h, slope = [problem["h_0"]], []
     for t in range(T):
         h.append(np.stack([step(problem, n, t, h[-1][n]) for n in range(B)]))
         slope.append(1 - h[-1] ** 2)
-    delta, a = np.zeros((B, T, H)), np.zeros((B, H))
+    delta, a, limit = np.zeros((B, T, H)), np.zeros((B, H)), norm
     for t in reversed(window):
         a = a + (problem["e"][:, t] if t in block else 0.0)
+        if growth is not None:
+            later = problem["e"][:, [s for s in block if s >= t]]
+            sizes = np.sqrt(np.sum(later**2, axis=2))
+            limit = np.minimum(norm, growth * np.sum(sizes, axis=1, keepdims=True))
         length = np.sqrt(np.sum(a**2, axis=1, keepdims=True))
-        a = a * np.minimum(1.0, norm / length)
+        a = a * np.minimum(1.0, limit / length)
         delta[:, t] = a * slope[t]
         a = delta[:, t] @ problem["U"].T
     return delta, a
 
 
 def check_clipping(modules=truncated_reference):
-    problem, norm = random_problem(10), 0.8
+    check_clipping_by(random_problem(10), modules, norm=0.8)
+
+
+def check_growth(modules=truncated_reference):
+    problem = random_problem(10)
+    # Near 0 tanh is steep, and U explodes.
+    problem |= {name: 0.1 * problem[name] for name in ("x", "h_0", "b")}
+    problem["U"] = 2 * problem["U"]
+    check_clipping_by(problem, modules, growth=1.1)
+    check_clipping_by(problem, modules, growth=1.4, norm=6.0)
+
+
+def check_clipping_by(problem, modules, **limits):
     everything = list(range(T))
+    names = {"norm": "adjoint_clipnorm", "growth": "adjoint_max_growth"}
+    clip = {names[name]: value for name, value in limits.items()}
     for steps, stride in [(None, None), (3, 3), (3, 1), (5, 2)]:
         delta, dh_0 = np.zeros((B, T, H)), np.zeros((B, H))
         for block, window, whole in windows(everything, steps or T, stride or T):
-            part, rest = clipped_by_hand(problem, block, window, norm)
+            part, rest = clipped_by_hand(problem, block, window, **limits)
             delta += part
             dh_0 += whole * rest
-        d = clipped(problem, modules, steps=steps, stride=stride, adjoint_clipnorm=norm)
+        d = clipped(problem, modules, steps=steps, stride=stride, **clip)
         expected = {"delta": delta, "d_initial_state": dh_0}
         expected["d_inputs"] = delta @ problem["W"].T
         expected["d_kernel"] = np.einsum("btd,bth->dh", problem["x"], delta)
@@ -449,17 +492,38 @@ def test_clipping_by_hand():
     check_clipping()
 
 
+def test_clipping_of_growth_by_hand():
+    check_growth()
+
+
+@pytest.mark.parametrize("clip", [NORM, GROWTH, BOTH], ids=["norm", "growth", "both"])
+@pytest.mark.parametrize("window", [(None, None), *FEW_WINDOWS])
+def test_the_limits_of_these_tests_act(window, clip):
+    for problem in (random_problem(5, dropout=True), random_problem(6, masked=True)):
+        problem = clippable(problem, clip)
+        free = any_gradients(problem, window, None)
+        for limit in clip.items():
+            alone = any_gradients(problem, window, dict([limit]))
+            assert np.linalg.norm(alone.d_kernel - free.d_kernel) > 1e-2
+            # Of two limits each is the smaller one somewhere. But where a window has one
+            # loss, what that sends is a limit like a norm.
+            if clip == BOTH and window != (3, 1):
+                both = any_gradients(problem, window, clip)
+                assert np.linalg.norm(both.d_kernel - alone.d_kernel) > 1e-2
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
 @pytest.mark.parametrize("window", [(None, None), (3, 3)])
 def test_no_adjoint_exceeds_the_norm(window, masked):
     problem, norm = random_problem(10, masked), 0.8
+    clip = {"adjoint_clipnorm": norm}
     real = MASK if masked else np.ones((B, T), bool)
     before = np.linalg.norm(any_gradients(problem, window, None).adjoint, axis=-1)
-    after = np.linalg.norm(any_gradients(problem, window, norm).adjoint, axis=-1)
+    after = np.linalg.norm(any_gradients(problem, window, clip).adjoint, axis=-1)
     assert np.sum(before[real] > norm) > 5
     assert np.max(after[real]) < norm * (1 + ROUNDING)
     # The last real step of a short loss is not clipped where it is short already.
-    small = any_gradients(problem | {"e": 1e-3 * problem["e"]}, window, norm)
+    small = any_gradients(problem | {"e": 1e-3 * problem["e"]}, window, clip)
     assert_close(
         small, any_gradients(problem | {"e": 1e-3 * problem["e"]}, window, None)
     )
@@ -475,12 +539,12 @@ def test_each_window_is_clipped_for_itself():
     assert np.linalg.norm(d.d_kernel - together.d_kernel) > 1e-2
 
 
-def test_one_window_of_all_steps_whatever_the_stride():
-    problem = random_problem(10, masked=True)
-    expected = clipped(problem, steps=None, adjoint_clipnorm=0.8)
+@pytest.mark.parametrize("clip", [NORM, GROWTH, BOTH], ids=["norm", "growth", "both"])
+def test_one_window_of_all_steps_whatever_the_stride(clip):
+    problem = clippable(random_problem(10, masked=True), clip)
+    expected = clipped(problem, steps=None, **clip)
     for stride in (1, 3, T):
-        d = clipped(problem, steps=T, stride=stride, adjoint_clipnorm=0.8)
-        assert_close(d, expected)
+        assert_close(clipped(problem, steps=T, stride=stride, **clip), expected)
 
 
 def test_what_reaches_the_initial_state_is_not_clipped():
@@ -494,8 +558,176 @@ def test_what_reaches_the_initial_state_is_not_clipped():
 
 def test_no_adjoint_is_no_division_by_zero():
     problem = random_problem(10)
-    d = clipped(problem | {"e": 0 * problem["e"]}, steps=3, adjoint_clipnorm=1e-300)
-    assert not any(np.any(value) for value in vars(d).values())
+    nothing = problem | {"e": 0 * problem["e"]}
+    for clip in ({"adjoint_clipnorm": 1e-300}, GROWTH, BOTH):
+        d = clipped(nothing, steps=3, **clip)
+        assert not any(np.any(value) for value in vars(d).values())
+
+
+# --- Clipping of growth: closed forms
+
+
+def scalar(u, cotangents, h_0=2.0):
+    """h_t = u h_{t-1}: one unit, inputs of 0; the cotangents by step, 1 ... T."""
+    e = np.zeros((1, T, 1))
+    for t, value in cotangents.items():
+        e[0, t - 1] = value
+    one = np.ones((1, 1))
+    return {
+        "x": np.zeros((1, T, 1)),
+        "W": one,
+        "U": u * one,
+        "b": np.zeros(1),
+        "h_0": h_0 * one,
+        "f": "linear",
+        "e": e,
+    }
+
+
+def check_scalar(problem, adjoint, **limits):
+    d = clipped(problem, steps=None, **limits)
+    adjoint = np.array(adjoint, float)
+    u, h_0 = problem["U"].item(), problem["h_0"].item()
+    before = h_0 * u ** np.arange(T)
+    np.testing.assert_allclose(d.adjoint.ravel(), adjoint, rtol=ROUNDING)
+    np.testing.assert_allclose(d.delta.ravel(), adjoint, rtol=ROUNDING)
+    np.testing.assert_allclose(
+        d.d_recurrent_kernel, [[before @ adjoint]], rtol=ROUNDING
+    )
+    np.testing.assert_allclose(d.d_bias, [adjoint.sum()], rtol=ROUNDING)
+    # What leaves the first step is not clipped.
+    np.testing.assert_allclose(d.d_initial_state, [[u * adjoint[0]]], rtol=ROUNDING)
+
+
+@pytest.mark.parametrize(("u", "g"), [(2.0, 3.0), (2.0, 1.0), (-1.5, 2.0), (1.25, 2.5)])
+def test_growth_of_the_last_loss_alone(u, g):
+    """|a_t| = min(|u|^(T - t), g) of what is sent."""
+    problem = scalar(u, {T: 0.125})
+    n = np.arange(T - 1, -1, -1)
+    wanted = 0.125 * np.sign(u) ** n * np.minimum(abs(u) ** n, g)
+    check_scalar(problem, wanted, adjoint_max_growth=g)
+    assert np.sum(abs(u) ** n > g) >= 2, "nothing was clipped"
+
+
+@pytest.mark.parametrize(("u", "g"), [(2.0, 3.0), (2.0, 1.0), (1.5, 1.5), (1.25, 1.0)])
+def test_growth_of_a_loss_at_every_step(u, g):
+    """a_t = min((u^n - 1) / (u - 1), g n) with n = T - t + 1 losses: 1, 3, 6, 9, ..."""
+    problem = scalar(u, dict.fromkeys(range(1, T + 1), 1.0))
+    n = np.arange(T, 0, -1)
+    free = (u**n - 1) / (u - 1)
+    check_scalar(problem, np.minimum(free, g * n), adjoint_max_growth=g)
+    assert np.sum(free > g * n) >= 3, "nothing was clipped"
+
+
+def test_growth_in_windows():
+    """Each window by the losses of its own block: two of them where k1 = 2."""
+    problem = scalar(2.0, dict.fromkeys(range(1, T + 1), 1.0))
+    # Free: 1, 3, 6 in a window of three steps; the limits are 1.5, 3, 3. Blocks end at 7,
+    # 5, 3 and 1. Of step 5 the window of 7 has 3 and that of 5 has 1; and so on.
+    wanted = [1 + 3, 3, 1 + 3, 3, 1 + 3, 3, 1]
+    d = clipped(problem, steps=3, stride=2, adjoint_max_growth=1.5)
+    assert d.adjoint.ravel().tolist() == wanted
+    # In chunks every step is in one window: 1, 3, 4.5 each of its own three losses.
+    d = clipped(problem, steps=3, stride=3, adjoint_max_growth=1.5)
+    assert d.adjoint.ravel().tolist() == [1.0, 4.5, 3.0, 1.0, 4.5, 3.0, 1.0]
+
+
+def test_signs_cancel_in_the_adjoint_but_not_in_the_limit():
+    problem = scalar(2.0, {5: 1.0, 6: 1.0, 7: -1.0})
+    # a_7 = -1, a_6 = 1 - 2, a_5 = 1 - 2, then -2 and -4, limited by 3.
+    check_scalar(problem, [-3, -3, -3, -2, -1, -1, -1], adjoint_max_growth=1.0)
+
+
+def test_growth_of_cotangents_at_masked_steps():
+    """The norm of their sum, at the last real step before them."""
+    problem = scalar(2.0, {1: 64.0, 4: 1.0, 5: -3.0, 6: 1.0, 7: -1.0})
+    problem["mask"] = np.array([[0, 1, 1, 1, 0, 0, 0]], bool)
+    # e_4 = 1 - 3 + 1 - 1 = -2; e_1 is before the first real step.
+    d = clipped(problem, steps=None, adjoint_max_growth=1.5)
+    assert d.delta.ravel().tolist() == [0, -3, -3, -2, 0, 0, 0]
+    assert d.d_initial_state.item() == 64 - 6
+    # They may cancel, and what enters later alone counts.
+    problem = scalar(2.0, {3: 1.0, 4: 1.0, 5: -1.0})
+    problem["mask"] = np.array([[1, 1, 1, 1, 0, 1, 1]], bool)
+    d = clipped(problem, steps=None, adjoint_max_growth=1.5)
+    assert d.delta.ravel().tolist() == [1.5, 1.5, 1, 0, 0, 0, 0]
+
+
+def test_the_smaller_limit_holds():
+    problem = scalar(2.0, dict.fromkeys(range(1, T + 1), 1.0))
+    # By growth 1, 3, 6, 8, 10, ...; by the norm 7 at most.
+    limits = {"adjoint_max_growth": 2.0, "adjoint_clipnorm": 7.0}
+    check_scalar(problem, [7, 7, 7, 7, 6, 3, 1], **limits)
+
+
+def orthogonal(seed):
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(H, H)))[0]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("window", [*FEW_WINDOWS, (None, None)])
+def test_where_nothing_grows_nothing_is_clipped(window, masked):
+    """Products of Jacobians of norm 1 at most: U of norm 1, slopes of 1 at most."""
+    problem = random_problem(11, masked)
+    growth = {"adjoint_max_growth": 1.0}
+    for U, f in [(np.eye(H), "linear"), (orthogonal(1), "linear"), (np.eye(H), "tanh")]:
+        problem |= {"U": U, "f": f}
+        free = any_gradients(problem, window, None)
+        assert_close(any_gradients(problem, window, growth), free)
+    # It would be seen.
+    problem |= {"U": 3.0 * np.eye(H), "f": "linear"}
+    free = any_gradients(problem, window, None)
+    d = any_gradients(problem, window, growth)
+    assert np.linalg.norm(d.d_kernel - free.d_kernel) > 1e-2
+
+
+@pytest.mark.parametrize("window", [*FEW_WINDOWS, (None, None)])
+def test_adjoints_grow_no_more_than_that(window):
+    """And they do grow as much: the limit is reached at more than one step."""
+    problem = exploding(random_problem(12, dropout=True))
+    problem["e"][:, :-1] = 0.0
+    d = any_gradients(problem, window, {"adjoint_max_growth": 1.25})
+    sent = np.linalg.norm(problem["e"][:, -1], axis=-1)
+    growth = np.linalg.norm(d.adjoint, axis=-1) / sent[:, None]
+    assert np.max(growth) < 1.25 * (1 + ROUNDING)
+    assert np.sum(growth > 1.25 * (1 - ROUNDING)) > 2
+
+
+# --- Clipping of growth: what must not matter
+
+
+@pytest.mark.parametrize("window", [(None, None), *FEW_WINDOWS])
+def test_growth_of_a_loss_times_a_power_of_two(window):
+    """Every gradient times it, bit for bit. A norm is in the units of the loss."""
+    problem = exploding(random_problem(13, masked=True, dropout=True))
+    d = any_gradients(problem, window, GROWTH)
+    of_norm = any_gradients(problem, window, NORM)
+    for k in (-40, -1, 30):
+        scaled = problem | {"e": 2.0**k * problem["e"]}
+        for name, value in vars(any_gradients(scaled, window, GROWTH)).items():
+            assert np.array_equal(value, 2.0**k * getattr(d, name)), name
+        other = any_gradients(scaled, window, NORM).d_kernel / 2.0**k
+        assert np.linalg.norm(other - of_norm.d_kernel) > 0.1
+
+
+@pytest.mark.parametrize("window", [(None, None), *FEW_WINDOWS])
+def test_growth_of_a_batch_is_that_of_its_parts(window):
+    """The gradients of a mean loss are the means of the examples' gradients."""
+    problem = exploding(random_problem(14, masked=True, dropout=True))
+    per_example = ("x", "h_0", "e", "mask", "recurrent_dropout")
+
+    def mean_of_parts(clip):
+        parts = []
+        for n in range(B):
+            one = {name: problem[name][n : n + 1] for name in per_example}
+            parts.append(any_gradients(problem | one, window, clip))
+        return np.mean([d.d_kernel for d in parts], axis=0)
+
+    mean = problem | {"e": problem["e"] / B}
+    d = any_gradients(mean, window, GROWTH).d_kernel
+    assert np.linalg.norm(d - mean_of_parts(GROWTH)) < ROUNDING * np.linalg.norm(d)
+    d = any_gradients(mean, window, NORM).d_kernel
+    assert np.linalg.norm(d - mean_of_parts(NORM)) > 0.1 * np.linalg.norm(d)
 
 
 # --- Shown able to fail: one term of the source broken at a time
@@ -516,6 +748,7 @@ def check_differences(modules):
 
 
 FIRST = "row.block_end(row.count[loss]) - row.steps + 1"
+SENT = "if row.mask[t]:\n                    sent"
 MUTATIONS = {
     "window a step short": (FIRST, FIRST + " + 1", check_differences),
     "window a step long": (FIRST, FIRST + " - 1", check_differences),
@@ -555,15 +788,53 @@ MUTATIONS = {
     "factor of the link from h_0": ("if self.count[t] > 1 else 1.0", "", check_factors),
     "first real step by position": ("self.count[t] > 1", "t > 1", check_padding),
     "one window by position": ("steps >= self.N", "steps >= max(x)", check_padding),
-    "clip too much": ("norm > adjoint_clipnorm:", "norm > 0:", check_clipping),
-    "clip nothing": ("norm > adjoint_clipnorm:", "False:", check_clipping),
+    "clip too much": ("if norm > limit", "if norm > 0", check_clipping),
+    "clip nothing": ("if norm > limit", "if False", check_clipping),
     "clip a loss that flows elsewhere": ("end[t] == block", "True", check_clipping),
     "clipped window a step long": (
         "first = block - row.steps + 1",
         "first = block - row.steps",
         check_clipping,
     ),
-    "clip masked steps": ("row.mask[t] and norm >", "norm >", check_padding),
+    "clip masked steps": (SENT, SENT.replace("row.mask[t]", "True"), check_padding),
+    "growth of 1": ("adjoint_max_growth * sent", "sent", check_growth),
+    "the larger limit": ("min(limits)", "max(limits)", check_growth),
+    "sent at this step alone": ("sent = sent + np", "sent = np", check_growth),
+    "sent at every step since": (
+        "e_s = np.zeros_like(e_s)",
+        "e_s = 1.0 * e_s",
+        check_growth,
+    ),
+    "sent before this step": (
+        "adjoint_max_growth, sent))",
+        "adjoint_max_growth, sent - np.linalg.norm(row.e[t])))",
+        check_growth,
+    ),
+    "sent in all windows so far": (
+        "sent = 0.0",
+        "sent = 0.0 if block == min(end.values()) else sent",
+        check_growth,
+    ),
+    "sent to other windows": (
+        "    e_s = e_s + row.e[t]",
+        "e_s = e_s + row.e[t]",
+        check_growth,
+    ),
+    "a sum of numbers, not of norms": (
+        "np.linalg.norm(e_s)",
+        "np.sum(e_s)",
+        check_growth,
+    ),
+    "sent at real steps alone": (
+        "e_s = e_s + row.e[t]",
+        "e_s = row.e[t]",
+        check_masked_cotangents,
+    ),
+    "norms of masked cotangents apart": (
+        "e_s = e_s + row.e[t]",
+        "sent = sent + np.linalg.norm(row.e[t])",
+        check_masked_cotangents,
+    ),
 }
 
 
@@ -576,8 +847,9 @@ def test_an_unbroken_copy_passes():
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_copy_is_caught(name):
     old, new, check = MUTATIONS[name]
+    copy = broken(old, new)  # outside: it asserts that the text is there
     with pytest.raises(AssertionError):
-        check(broken(old, new))
+        check(copy)
 
 
 # --- Errors
@@ -599,7 +871,7 @@ def test_wrong_shapes_raise(name, shape, message):
     problem = random_problem() | {
         name: np.zeros(shape, bool if name == "mask" else float)
     }
-    for clip in (None, 1.0):
+    for clip in CLIPS.values():
         with pytest.raises(ValueError, match=message):
             any_gradients(problem, (3, 2), clip)
 
@@ -613,7 +885,7 @@ def test_wrong_shapes_raise(name, shape, message):
 )
 def test_wrong_windows_raise(window, name):
     received = re.escape(f"{name}={dict(steps=window[0], stride=window[1])[name]!r}")
-    for clip in (None, 1.0):
+    for clip in CLIPS.values():
         with pytest.raises(
             ValueError, match=f"`{name}` must be .*Received: {received}"
         ):
@@ -626,6 +898,27 @@ def test_wrong_norms_raise(norm):
         ValueError, match="`adjoint_clipnorm` must be a positive number"
     ):
         clipped(random_problem(), steps=3, adjoint_clipnorm=norm)
+
+
+@pytest.mark.parametrize("norm", [None, 0.5])
+@pytest.mark.parametrize(
+    "growth", [0.999, 0, -2.0, np.nan, np.inf, True, "2"], ids=repr
+)
+def test_wrong_growths_raise(growth, norm):
+    received = re.escape(f"adjoint_max_growth={growth!r}")
+    message = f"`adjoint_max_growth` must be a finite number of at least 1.*{received}"
+    limits = {"adjoint_max_growth": growth, "adjoint_clipnorm": norm}
+    with pytest.raises(ValueError, match=message):
+        clipped(random_problem(), steps=3, **limits)
+
+
+def test_no_limit_raises():
+    with pytest.raises(
+        ValueError, match="or `adjoint_max_growth`.*truncated_gradients"
+    ):
+        clipped(random_problem(), steps=3)
+    for growth in (1, np.float32(2.5)):
+        clipped(random_problem(), steps=3, adjoint_max_growth=growth)
 
 
 def test_a_mask_of_numbers_raises():
@@ -647,7 +940,7 @@ def test_arguments_are_left_alone():
     problem = random_problem(masked=True, dropout=True)
     problem["factors"] = np.ones((B, T))
     before = {k: np.copy(v) for k, v in problem.items()}
-    for clip in (None, 0.5):
+    for clip in CLIPS.values():
         d = any_gradients(problem, (3, 2), clip)
         assert all(value.dtype == np.float64 for value in vars(d).values())
     for name, value in before.items():

@@ -109,7 +109,8 @@ def clipped_gradients(
     f: str | tuple,
     e: Array,
     *,
-    adjoint_clipnorm: float,
+    adjoint_clipnorm: float | None = None,
+    adjoint_max_growth: float | None = None,
     steps: int | None,
     stride: int | None = None,
     mask: Array | None = None,
@@ -122,7 +123,16 @@ def clipped_gradients(
     sum over the losses of a block, a recursion over the block's window. The windows of an
     example then add up. At a real step of a window,
 
-        a_t <- a_t min(1, adjoint_clipnorm / |a_t|)    |a_t| over the units of an example
+        a_t <- a_t min(1, r_t / |a_t|)                 |a_t| over the units of an example
+
+    with a limit r_t of one of two kinds, or the smaller of both,
+
+        r_t = adjoint_clipnorm
+        r_t = adjoint_max_growth sum over s >= t of |e_s|
+
+    The sum is over the real steps s of the block, those whose losses the window is for. To
+    e_s belong the cotangents at s and at the masked steps that follow it: |e_s| is the norm
+    of their sum. A cotangent before the first real step is one of h_0, and never counts.
 
     A masked step and h_0 are no steps, and what reaches them is not clipped. `adjoint` is
     the sum of the windows' clipped adjoints. Where `steps` >= N there is one window,
@@ -133,12 +143,11 @@ def clipped_gradients(
     >>> d = clipped_gradients(*problem, steps=None, adjoint_clipnorm=2.0)
     >>> d.adjoint.ravel().tolist(), d.d_initial_state.item()
     ([2.0, 2.0, 0.5], 8.0)
+    >>> d = clipped_gradients(*problem, steps=None, adjoint_max_growth=2.0)
+    >>> d.adjoint.ravel().tolist(), d.d_initial_state.item()
+    ([3.0, 3.0, 0.5], 12.0)
     """
-    if not _is_number(adjoint_clipnorm) or not adjoint_clipnorm > 0:
-        raise ValueError(
-            "`adjoint_clipnorm` must be a positive number. Received: adjoint_clipnorm="
-            f"{adjoint_clipnorm!r}."
-        )
+    _check_limits(adjoint_clipnorm, adjoint_max_growth)
     problem = (x, W, U, b, h_0, f, e, mask, recurrent_dropout, factors)
     d, rows = _rows(*problem, steps, stride)
     for row in rows:
@@ -146,20 +155,39 @@ def clipped_gradients(
         for block in sorted(set(end.values())):
             first = block - row.steps + 1
             a = np.zeros_like(row.dh_0)
+            e_s = np.zeros_like(row.dh_0)  # of the real step that is to come
+            sent = 0.0  # the sum of |e_s|
             for t in sorted(row.e, reverse=True):
                 if row.count[t] > block:
                     continue
                 if end[t] == block:
                     a = a + row.e[t]
-                norm = np.linalg.norm(a)
-                if row.mask[t] and norm > adjoint_clipnorm:
-                    a = a * (adjoint_clipnorm / norm)
+                    e_s = e_s + row.e[t]
+                if row.mask[t]:
+                    sent = sent + np.linalg.norm(e_s)
+                    e_s = np.zeros_like(e_s)
+                    a = _clipped(a, _limit(adjoint_clipnorm, adjoint_max_growth, sent))
                 a = row.back(t, a)
                 if row.mask[t] and row.count[t] == first > 1:
                     break
             else:
                 row.dh_0 += a
     return d
+
+
+def _limit(adjoint_clipnorm, adjoint_max_growth, sent):
+    """r_t, where so much has been sent: the sum of |e_s| over s >= t."""
+    limits = []
+    if adjoint_clipnorm is not None:
+        limits.append(adjoint_clipnorm)
+    if adjoint_max_growth is not None:
+        limits.append(adjoint_max_growth * sent)
+    return min(limits)
+
+
+def _clipped(a, limit):
+    norm = np.linalg.norm(a)
+    return a * (limit / norm) if norm > limit else a
 
 
 class _Row:
@@ -237,6 +265,27 @@ def _check_window(steps, stride):
         raise ValueError(
             "`stride` must be a positive integer, at most `steps`, or None (as many as "
             f"`steps`). Received: stride={stride!r}, steps={steps!r}."
+        )
+
+
+def _check_limits(adjoint_clipnorm, adjoint_max_growth):
+    if adjoint_clipnorm is None and adjoint_max_growth is None:
+        raise ValueError(
+            "`adjoint_clipnorm` must be a positive number, or `adjoint_max_growth` a "
+            "finite number of at least 1, or both. Received: None for each. To clip "
+            "nothing call `truncated_gradients`."
+        )
+    norm, growth = adjoint_clipnorm, adjoint_max_growth
+    if norm is not None and not (_is_number(norm) and norm > 0):
+        raise ValueError(
+            "`adjoint_clipnorm` must be a positive number, the largest |a_t| of an "
+            f"example, or None (no such limit). Received: adjoint_clipnorm={norm!r}."
+        )
+    if growth is not None and not (_is_number(growth) and 1 <= growth < np.inf):
+        raise ValueError(
+            "`adjoint_max_growth` must be a finite number of at least 1, the largest |a_t| "
+            "as a multiple of the sum of |e_s| over s >= t, or None (no such limit). "
+            f"Received: adjoint_max_growth={growth!r}."
         )
 
 
