@@ -4,8 +4,8 @@ from keras_bptt.callbacks import AdaptiveTruncation, GradientFlowLogger
 from keras_bptt.conversion import convert
 from keras_bptt.flow.gradient_flow import gradient_flow
 from keras_bptt.flow.layer_flow import LayerFlow
-from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.flow.model_flow import GradientFlow
+from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
 __version__ = "0.1.0"

@@ -5,13 +5,11 @@ import warnings
 
 import keras
 
+from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.layers.copied_state import copy_optimizer_state, copy_own_state
 from keras_bptt.layers.inside import layers_inside
-from keras_bptt.layers.bptt_rnn import BPTTRNN
+from keras_bptt.layers.options import OPTIONS
 from keras_bptt.runtime.wording import meant
-
-# What BPTTRNN can be told beyond SimpleRNN without another weight.
-_OPTIONS = ("truncation", "checkpoint_every", "adjoint_clipnorm", "jit_compile")
 
 
 def convert(model, to=BPTTRNN, **options):
@@ -41,7 +39,8 @@ def convert(model, to=BPTTRNN, **options):
             clipping and checkpoints, which SimpleRNN does not have: no output depends on
             them.
         **options: For every `BPTTRNN` of the copy, also where it was one before:
-            `truncation`, `checkpoint_every`, `adjoint_clipnorm`, `jit_compile`, `unroll`.
+            `truncation`, `checkpoint_every`, `adjoint_clipnorm`, `adjoint_max_growth`,
+            `jit_compile`, `unroll`.
             None takes away one of the first three; what is not named stays. For every
             `SimpleRNN` of the copy: `unroll`, True or False.
 
@@ -107,7 +106,7 @@ def _check(model, to, options):
             "`to` must be the class keras_bptt.BPTTRNN or keras.layers.SimpleRNN. "
             f"Received: to={to!r}."
         )
-    allowed = (*_OPTIONS, "unroll") if to is BPTTRNN else ("unroll",)
+    allowed = (*OPTIONS, "unroll") if to is BPTTRNN else ("unroll",)
     for name, value in options.items():
         if name not in allowed:
             raise ValueError(
@@ -239,6 +238,6 @@ def _arguments_for(to, config):
             f"Received: layer {config['name']!r} with "
             f"output_units={config['output_units']}."
         )
-    kept = {key: value for key, value in config.items() if key not in _OPTIONS}
+    kept = {key: value for key, value in config.items() if key not in OPTIONS}
     # SimpleRNN takes a number of steps for all of them.
     return kept | {"unroll": config["unroll"] is True}

@@ -11,13 +11,13 @@ import keras_bptt.engine.loops
 
 # So that a few steps are some blocks, or some and a shorter one, and some iterations.
 SMALL = {
-    keras_bptt.blocks: {
+    keras_bptt.engine.blocks: {
         "NUMBERS": 1,
         "FEWEST_STEPS": 3,
         "COMPILED_SIZE": 4,
         "LOOP_SIZE": 4,
     },
-    keras_bptt.loops: {"STEPS_PER_ITERATION": 2},
+    keras_bptt.engine.loops: {"STEPS_PER_ITERATION": 2},
 }
 USUAL = {
     module: {name: getattr(module, name) for name in SMALL[module]} for module in SMALL

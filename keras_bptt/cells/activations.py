@@ -57,11 +57,15 @@ class Activation:
     slope_of_output: Callable | None = None
     mixes: bool = False
 
-    def slope(self, z, h):
-        """f' of an elementwise f, from h = f(z) where that tells it."""
-        if self.slope_of_output is not None:
-            return self.slope_of_output(h)
-        return self.vjp(z, tf.ones_like(z))
+    def __call__(self, z):
+        """f(z), for z (..., units)."""
+        # The user's function is promised (batch, units), whatever it is called with here.
+        rows = tf.reshape(z, [-1, z.shape[-1]]) if len(z.shape) > 2 else z
+        return (
+            tf.reshape(self.function(rows), tf.shape(z))
+            if len(z.shape) > 2
+            else self.function(z)
+        )
 
     def vjp_at_output(self, h, u):
         """f'(z) u, where h = f(z) tells the slope; rounded once, as TensorFlow does it."""
@@ -69,7 +73,6 @@ class Activation:
 
     def vjp(self, z, u):
         """J_f(z)^T u, the vector-Jacobian product, for z and u (..., units)."""
-        # The user's function is promised (batch, units), whatever it is called with here.
         rows = tf.reshape(z, [-1, z.shape[-1]])
         u = tf.reshape(u, tf.shape(rows))
         return tf.reshape(vjp(self.function, (rows,), (u,))[0], tf.shape(z))
@@ -79,10 +82,6 @@ class Activation:
         if self.slope_of_output is not None:
             return self  # a known one, of any dtype
         return dataclasses.replace(self, function=_cast_around(self.function, dtype))
-
-    def jvp(self, z, u):
-        """J_f(z) u, as the transpose of the map `vjp`, which is linear in u."""
-        return vjp(lambda u: self.vjp(z, u), (tf.zeros_like(u),), (u,))[0]
 
 
 @functools.lru_cache(maxsize=256)  # one function for each, which names cached graphs

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_bptt.engine.loops import array, same_shapes, stack
+from keras_bptt.engine.parts import USUAL_BATCH
 from keras_bptt.runtime.execution import within_xla
-from keras_bptt.engine.loops import array, stack
 from keras_bptt.runtime.tensors import filled, size_of
 
 # What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
@@ -35,7 +36,6 @@ MOST, FEWEST_STEPS = 16, 16
 # Steps of a block in a loop: near this where the number of steps is known, else this. A
 # longer one pads short sequences to more.
 COMPILED_SIZE, LOOP_SIZE = 128, 64
-USUAL_BATCH = 32  # where the batch is not known
 
 
 class Blocks(NamedTuple):
@@ -67,8 +67,8 @@ class Blocks(NamedTuple):
         return Blocks(self.steps, self.steps, False)
 
 
-def blocks_of(x, units, unroll, kept=True):
-    """How to cut the steps of `x` (batch, timesteps, features) for so many units.
+def blocks_of(x, numbers, unroll, kept=True):
+    """How to cut the steps of `x` (batch, timesteps, ...), each of so many numbers a row.
 
     Where nothing that the blocks make is `kept`, no block is longer for more steps.
     """
@@ -82,17 +82,18 @@ def blocks_of(x, units, unroll, kept=True):
         size = min(steps, COMPILED_SIZE) if size is None else size
         return Blocks(steps, size, size < steps)
     batch = USUAL_BATCH if x.shape[0] is None else x.shape[0]
-    numbers = steps * batch * units
+    step = batch * numbers
+    numbers = steps * step
     count = min(MOST, steps // FEWEST_STEPS, round(numbers / NUMBERS))
     size = divisor(steps, count)
     if not kept and numbers > MOST * NUMBERS:
-        size = max(FEWEST_STEPS, NUMBERS // max(1, batch * units))
+        size = max(FEWEST_STEPS, NUMBERS // max(1, step))
         return Blocks(steps, divisor(steps, steps // size) or size, True)
     return Blocks(steps, size or -(-steps // max(count, 1)), False)
 
 
 def checkpoint_blocks(x, every, unroll):
-    """The steps of `x` (batch, timesteps, features) between checkpoints.
+    """The steps of `x` (batch, timesteps, ...) between checkpoints.
 
     Args:
         every: how many steps, or "sqrt": the root of their number, rounded up. Where that
@@ -124,73 +125,78 @@ def divisor(steps, count):
     return next((steps // n for n in counts if steps % n == 0), None)
 
 
-def walk(block, carry, blocks, widths, *, reverse=False, starts=False):
+def walk(block, carry, blocks, shapes, batch, *, reverse=False, starts=False):
     """Run `carry, outputs = block(start, size, valid, carry)` over time.
 
     Args:
         block: the function of steps start ... start + size - 1, of which the first `valid`
             count; None: all do.
-        carry: what goes from block to block, a tuple or more of tensors.
+        carry: tensors that go from block to block; the first tells the dtype of the
+            outputs.
         blocks: how time is cut.
-        widths: for each output of a block, (size, batch, width), its width.
+        shapes: of each output (size, batch, ...) the shape of a row.
+        batch: how many rows an output has.
         reverse: from the last block to the first. Outputs stand at their steps' places.
-        starts: whether to keep the first tensor of the carry as it is before each block.
+        starts: whether to keep the carry as it is before each block.
 
     Returns:
-        The last carry; for each output consecutive pieces (..., batch, width), those of the
-        steps alone, from a loop one piece; and the starts (blocks, ...), or None.
+        The last carry; for each output consecutive pieces (..., batch, ...), those of the
+        steps alone, from a loop one piece; and the starts, each (blocks, ...), or None.
     """
     if not blocks.in_loop:
-        return _walk_in_python(block, carry, blocks, widths, reverse, starts)
+        return _walk_in_python(block, carry, blocks, shapes, reverse, starts)
     steps, size, count = blocks.steps, blocks.size, blocks.count
 
     def body(i, carry, arrays):
         j = count - 1 - i if reverse else i
         valid = None if blocks.whole else tf.minimum(size, steps - j * size)
         new, outputs = block(j * size, size, valid, carry)
-        new = tf.nest.map_structure(
-            lambda n, c: tf.ensure_shape(n, c.shape), new, carry
-        )
-        outputs = [*outputs, carry[0]] if starts else outputs
+        outputs = [*outputs, *carry] if starts else outputs
         arrays = [a.write(j, o) for a, o in zip(arrays, outputs, strict=True)]
-        return i + 1, new, arrays
+        return i + 1, same_shapes(new, carry), arrays
 
-    first = carry[0]
+    first = tf.nest.flatten(carry)[0]
     known = size if isinstance(size, int) else None
-    batch = tf.shape(first)[-2]
-    shapes = [([known, None, width], [size, batch, width]) for width in widths]
-    shapes += [(first.shape, tf.shape(first))] * starts
-    arrays = [array(first.dtype, count, *shape) for shape in shapes]
+    places = [([known, None, *shape], [size, batch, *shape]) for shape in shapes]
+    places += [(t.shape, tf.shape(t)) for t in carry] if starts else []
+    arrays = [array(first.dtype, count, *place) for place in places]
     # The next block may begin, no more: what runs ahead piles up.
     _, carry, arrays = tf.while_loop(
         lambda i, *_: i < count, body, (0, carry, arrays), parallel_iterations=2
     )
-    states = stack(arrays.pop(), count, tf.shape(first)) if starts else None
+    kept = None
+    if starts:
+        arrays, kept = arrays[: len(shapes)], arrays[len(shapes) :]
+        kept = [
+            stack(each, count, tf.shape(t)) for each, t in zip(kept, carry, strict=True)
+        ]
     known = steps if isinstance(steps, int) else None
     outputs = []
-    for each, width in zip(arrays, widths, strict=True):
-        output = stack(each, count, [size, batch, width])
-        output = tf.reshape(output, [count * size, batch, width])
+    for each, shape in zip(arrays, shapes, strict=True):
+        output = stack(each, count, [size, batch, *shape])
+        output = tf.reshape(output, [count * size, batch, *shape])
         output = output if blocks.whole else output[:steps]
-        outputs.append([tf.ensure_shape(output, [known, None, width])])
-    return carry, outputs, states
+        outputs.append([tf.ensure_shape(output, [known, None, *shape])])
+    return carry, outputs, kept
 
 
-def _walk_in_python(block, carry, blocks, widths, reverse, starts):
+def _walk_in_python(block, carry, blocks, shapes, reverse, starts):
     """`walk` as parts of the graph, one for each block."""
     steps, size, count = blocks.steps, blocks.size, blocks.count
-    outputs, states = [[None] * count for _ in widths], [None] * count
+    outputs, kept = [[None] * count for _ in shapes], [None] * count
     for j in reversed(range(count)) if reverse else range(count):
         start = j * size if j else 0
         length = size if count == 1 else min(size, steps - start)
-        states[j] = carry[0]
-        # One block at a time: what runs ahead piles up. And what a backward pass computes
-        # again TensorFlow would else take from the forward pass, and keep it until then.
+        kept[j] = carry
+        # Serialise the blocks: otherwise several are alive at once, and TensorFlow merges
+        # recomputation with the forward pass, keeping its states.
         with tf.control_dependencies(tf.nest.flatten(carry)):
             carry, pieces = block(start, length, None, carry)
         for output, piece in zip(outputs, pieces, strict=True):
             output[j] = piece
-    return carry, outputs, tf.stack(states) if starts else None
+    if not starts:
+        return carry, outputs, None
+    return carry, outputs, [tf.stack(each) for each in zip(*kept, strict=True)]
 
 
 def padded(x, blocks, axis=1):

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from keras_bptt.runtime.execution import within_xla
+from keras_bptt.runtime.tensors import size_of
 
 # Steps an iteration of a loop that TensorFlow executes operation by operation: what an
 # iteration costs beside its steps is shared by so many. XLA gains nothing by it.
@@ -14,87 +15,86 @@ def scan(
     carry,
     inputs,
     size,
+    shapes,
     *,
     valid=None,
     reverse=False,
     unroll=False,
-    stacked=True,
-    like=None,
+    batch=None,
 ):
-    """Run `carry, output = step(carry, *inputs(t))` over time; stack the outputs.
+    """Run `carry, outputs = step(carry, inputs(t))` over time; stack the outputs.
 
     Args:
         step: the function of one step.
-        carry: tensor (batch, units), the state that goes from step to step.
-        inputs: a function of t = 0 ... size - 1 that returns the tensors of step t; None
-            is passed on as None. Step by step it reads slices of whatever is there, which
-            is quicker than to lay out anew what the loop reads.
+        carry: tensors (rows, ...), what goes from step to step; the first of them tells
+            the dtype of the outputs.
+        inputs: a function of t = 0 ... size - 1 that returns what step t reads. It reads
+            slices of whatever is there, which is quicker than to lay out anew what the
+            loop reads.
         size: the number of steps, an integer or, where only run time tells, a tensor.
-        valid: how many of them to run, the first so many; the other outputs are 0.
+        shapes: of each output the shape of a row.
+        valid: how many of the steps to run, the first so many; the other outputs are 0.
             None: all.
         reverse: from the last step to the first. Outputs stand at their step's place.
         unroll: True: write every step into the graph. An integer: so many steps an
             iteration of the loop. False: as many as pay.
-        stacked: whether the outputs are wanted.
-        like: a tensor of the shape of an output. None: they have that of the carry.
+        batch: how many rows an output has. None: as many as the carry.
 
     Returns:
-        The last carry and the stacked outputs (size, batch, units), or None.
+        The last carry, and a list of the stacked outputs (size, batch, ...).
     """
     if unroll is True:
         outputs = [None] * size
         for t in reversed(range(size)) if reverse else range(size):
-            carry, outputs[t] = step(carry, *inputs(t))
-        return carry, tf.stack(outputs) if stacked else None
+            carry, outputs[t] = step(carry, inputs(t))
+        return carry, [tf.stack(each) for each in zip(*outputs, strict=True)]
 
-    like = carry if like is None else like
     steps = size if valid is None else valid
     known = steps if isinstance(steps, int) else None
+    first = tf.nest.flatten(carry)[0]
 
-    def loop(number, i, last, carry, outputs):
+    def loop(number, i, last, carry, arrays):
         """As many iterations of `number` steps as there are steps for."""
 
-        def body(i, last, carry, outputs):
-            shape = carry.shape
+        def body(i, last, carry, arrays):
+            before = carry
             for k in range(number):
                 back = steps - 1 - i - k if valid is None else last - k
                 t = back if reverse else i + k
-                carry, output = step(carry, *inputs(t))
-                outputs = outputs.write(t, output) if stacked else outputs
+                carry, outputs = step(carry, inputs(t))
+                arrays = [a.write(t, o) for a, o in zip(arrays, outputs, strict=True)]
             last = () if valid is None else last - number
-            return i + number, last, tf.ensure_shape(carry, shape), outputs
+            return i + number, last, same_shapes(carry, before), arrays
 
         # A comparison with a constant: XLA then knows the number of iterations.
         end = steps - steps % number
-        return tf.while_loop(lambda i, *_: i < end, body, (i, last, carry, outputs))
+        return tf.while_loop(lambda i, *_: i < end, body, (i, last, carry, arrays))
 
     number = int(unroll) or (1 if within_xla() else STEPS_PER_ITERATION)
     for most in (known, size):
         number = max(1, min(number, most)) if isinstance(most, int) else number
-    outputs = 0
-    if stacked:
-        outputs = array(carry.dtype, size, like.shape, tf.shape(like))
+    batch = size_of(first, 0) if batch is None else batch
+    rows = batch if isinstance(batch, int) else None
+    arrays = [
+        array(first.dtype, size, [rows, *shape], [batch, *shape]) for shape in shapes
+    ]
     # Not t computed from `valid`: XLA would compile for each of its values.
     last = () if valid is None else steps - 1
-    state = loop(number, 0, last, carry, outputs)
+    state = loop(number, 0, last, carry, arrays)
     if number > 1 and (known is None or known % number):
         state = loop(1, *state)
-    _, _, carry, outputs = state
-    if not stacked:
-        return carry, None
-    outputs = stack(outputs, size, tf.shape(like))
+    _, _, carry, arrays = state
     known = size if isinstance(size, int) else None
-    return carry, tf.ensure_shape(outputs, [known, *like.shape])
+    stacked = [
+        tf.ensure_shape(stack(each, size, [batch, *shape]), [known, rows, *shape])
+        for each, shape in zip(arrays, shapes, strict=True)
+    ]
+    return carry, stacked
 
 
-def at(t, *tensors):
-    """Step t of each tensor (timesteps, batch, ...); None stays None."""
-    return [x if x is None else x[t] for x in tensors]
-
-
-def batch_major_at(t, *tensors):
-    """Step t of each tensor (batch, timesteps, ...); None stays None."""
-    return [x if x is None else x[:, t] for x in tensors]
+def same_shapes(new, before):
+    """`new` with the static shapes of `before`, as a loop wants it of what it carries."""
+    return tf.nest.map_structure(lambda n, b: tf.ensure_shape(n, b.shape), new, before)
 
 
 def array(dtype, size, shape, run_time_shape):

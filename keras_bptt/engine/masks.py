@@ -6,8 +6,7 @@ recurrence.
 
 import tensorflow as tf
 
-from keras_bptt.engine.passes import for_units
-from keras_bptt.runtime.tensors import where, widened
+from keras_bptt.runtime.tensors import beside, chosen, where, widened
 
 
 def processing_order(options, x, mask):
@@ -17,16 +16,25 @@ def processing_order(options, x, mask):
     return x, mask
 
 
-def read_out(options, mask, h, last, c=None):
-    """Return (y, h_T); of an output layer, whose bias is c, (p, h_T) for h V + c."""
+def passed_on(mask, new, before):
+    """`new` at a real step; at a masked one (mask (batch, 1) is False) all stays."""
+    return tf.nest.map_structure(lambda n, b: chosen(mask, n, b), new, before)
+
+
+def read_out(options, mask, y, last, output_layer=()):
+    """The outputs: y of all steps where it is asked for, else of the last state.
+
+    What is hidden is 0; of an output layer it is the bias, the output for a state of 0.
+    """
     seen = visible(options, mask)
-    if options.return_sequences:
-        if c is None or seen is None:
-            return where(seen, h), last
-        # In wide numbers, for the gradient of c is a sum over what is hidden.
-        shown = tf.where(seen, widened(h), widened(c))
-        return tf.cast(shown, h.dtype), last
-    return last if seen is None else where(seen[:, -1], last), last
+    if not options.return_sequences:
+        return last if seen is None else where(beside(seen[:, -1], last), last)
+    _, *c = output_layer or [None]
+    if not c or seen is None:
+        return where(None if seen is None else beside(seen, y), y)
+    # In wide numbers, for the gradient of c is a sum over what is hidden.
+    shown = tf.where(beside(seen, y), widened(y), widened(c[0]))
+    return tf.cast(shown, y.dtype)
 
 
 def visible(options, mask):
@@ -35,16 +43,24 @@ def visible(options, mask):
     The same map takes a cotangent of the outputs back to e_t.
     """
     if mask is None or options.zero_output_for_mask:
-        return for_units(mask)
+        return for_states(mask)
     # From the first unmasked step on. Rows without one are 0 throughout.
     first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)[:, None]
     steps = tf.range(tf.shape(mask)[1])
-    return for_units((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))
+    return for_states((steps >= first) & tf.reduce_any(mask, 1, keepdims=True))
+
+
+def for_states(x):
+    """`x` (batch, timesteps), the same for a whole state: (batch, timesteps, 1)."""
+    # Of a mask of unknown sizes LiteRT takes no x[:, :, None].
+    return None if x is None else tf.expand_dims(x, 2)
 
 
 def link_factors(options, constants):
     """The factors, 1 where a link comes from h_0: at the first unmasked step."""
-    xi, mask = constants.factors, constants.mask
+    xi, mask = constants.link_factors, constants.mask
+    if xi is None:
+        return None
     if mask is None:
         return tf.where(tf.range(tf.shape(xi)[1]) == 0, tf.ones_like(xi), xi)
     mask = tf.reverse(mask, [1]) if options.go_backwards else mask
@@ -61,6 +77,25 @@ def masked_steps(mask):
     if mask is None:
         return 0
     return tf.reduce_sum(tf.cast(~mask, tf.int32), 1, keepdims=True)
+
+
+def filler(x, mask):
+    """What stands in the place of masked inputs: an example's first real one.
+
+    So that no cell meets what padding may hold (NaN, say), nor an input that is none. An
+    example without a real step has zeros.
+    """
+    if mask is None:
+        return None
+    first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)
+    found = tf.gather(x, first, batch_dims=1)
+    found = where(beside(tf.reduce_any(mask, 1, keepdims=True), found), found)
+    return tf.stop_gradient(found)[:, None]
+
+
+def unpadded(x, mask, fill):
+    """`x` (batch, timesteps, ...) with `fill` in the place of masked inputs."""
+    return x if mask is None else chosen(for_states(mask), x, fill)
 
 
 def packing(mask):

@@ -2,5 +2,5 @@
 
 * `gradient_flow`: the function `gradient_flow`.
 * `layer_flow`, `model_flow`: what it returns, `LayerFlow` and `GradientFlow`.
-* `measuring_callback`, `tensorboard`: what the callbacks are made of.
+* `tensorboard`: events of numbers and pictures, for the callbacks.
 """

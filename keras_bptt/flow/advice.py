@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from keras_bptt.truncation import Truncation
 from keras_bptt.flow.verdict import free_kind, kind, percent, share_of
+from keras_bptt.truncation import Truncation
 
 # What share of saturated or dead units is worth a word.
 MANY = 0.3

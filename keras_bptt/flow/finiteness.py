@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from keras_bptt.runtime.wording import leaves
 
-_WEIGHTS = "kernel recurrent_kernel bias output_layer.kernel output_layer.bias".split()
+_WEIGHTS = "kernel recurrent_kernel bias".split()
+_OUTPUT_WEIGHTS = "output_layer.kernel output_layer.bias".split()
 
 
 def not_finite(name, value, real=None):
@@ -76,12 +77,12 @@ def faults(name, calls, measured, loss, roots):
 
 def _of_call(call):
     """What a layer is given: inputs, and weights in their dtype; and its initial state."""
-    x, W, U, h_0, *others = call.arguments
+    x, weights, (h_0,), output_layer, _ = call.arguments
     name, mask = call.layer.name, call.constants.mask
     given = not_finite(f"inputs of {name}", x, None if mask is None else mask.numpy())
-    weights = zip(_WEIGHTS, [W, U, *others], strict=False)
-    for weight, value in weights:
-        value = None if value is None else tf.cast(value, x.dtype)
+    names = [*_WEIGHTS[: len(weights)], *_OUTPUT_WEIGHTS[: len(output_layer)]]
+    for weight, value in zip(names, [*weights, *output_layer], strict=True):
+        value = tf.cast(value, x.dtype)
         given += not_finite(f"{name}.{weight} in {x.dtype.name}", value)
     return given, not_finite(f"initial state of {name}", h_0)
 

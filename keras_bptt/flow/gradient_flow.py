@@ -11,10 +11,10 @@ from keras_bptt.cells.activations import resolve
 from keras_bptt.flow.finiteness import faults, of_model
 from keras_bptt.flow.inputs import check_batch, check_model, loss_of, nothing_found
 from keras_bptt.flow.layer_flow import LayerFlow, over_examples
-from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.flow.measurement import Measured, measured
 from keras_bptt.flow.model_flow import GradientFlow
 from keras_bptt.flow.recording import run
+from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.truncation import positive_integer
 
 
@@ -89,7 +89,7 @@ def gradient_flow(
     >>> model = keras.Sequential([keras.Input((20, 2)), rnn])
     >>> model.compile(loss="mse")
     >>> flow = gradient_flow(model, np.ones((4, 20, 2)), np.ones((4, 3)))
-    >>> flow["rnn"].lag_norms[:4].tolist(), flow["rnn"].half_life
+    >>> flow["rnn"].lag_shares[:4].tolist(), flow["rnn"].half_life
     ([1.0, 0.5, 0.25, 0.125], 1.0)
     >>> flow["rnn"].verdict, flow.suggest_truncation(tolerance=0.05)
     ('vanishing', 5)
@@ -117,7 +117,7 @@ def gradient_flow(
 
     done = run(model, x, function, wanted, training)
     if not done.calls:
-        raise ValueError(nothing_found(model, layer, done.seen))
+        raise ValueError(nothing_found(model, layer, done.seen, BPTTRNN))
     numbers = _numbers(done, scale, loss_steps)
     roots = functools.cache(
         lambda: of_model(model, done.calls, x=x, y=y, sample_weight=sample_weight)
@@ -171,8 +171,8 @@ def _layer_flow(name, layer, numbers, causes):
         adjoint_clipnorm=layer.adjoint_clipnorm,
         adjoint_norms=numbers.adjoint_norms,
         delta_norms=numbers.delta_norms,
-        lag_norms=numbers.lags.share,
-        free_lag_norms=numbers.free_lags.share,
+        lag_shares=numbers.lags.share,
+        untruncated_lag_shares=numbers.free_lags.share,
         last_step_only=numbers.free_lags.last_step_only,
         singular_values=singular_values,
         spectral_radius=float(np.abs(np.linalg.eigvals(U)).max()) if finite else np.nan,

@@ -5,7 +5,6 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.layers.inside import layers_inside
-from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.runtime.wording import described, leaves, meant
 
 
@@ -96,8 +95,11 @@ def _shapes(batch):
     return ", ".join(f"{name} of shape {tuple(t.shape)}" for name, t in found)
 
 
-def nothing_found(model, layer, seen):
-    """What to say where the model has called none of the layers that are wanted."""
+def nothing_found(model, layer, seen, measurable):
+    """What to say where the model has called none of the layers that are wanted.
+
+    `measurable` is the class of those that can be.
+    """
     if seen:
         return _other_layer(layer, list(dict.fromkeys(seen)))
     inside = [each for _, each in layers_inside(model)]
@@ -110,7 +112,7 @@ def nothing_found(model, layer, seen):
         "The model must call a BPTTRNN, whose backward pass is what is measured. "
         f"Received: {model.name}, with the layers {shown}. "
     )
-    if any(isinstance(each, BPTTRNN) for each in named):
+    if any(isinstance(each, measurable) for each in named):
         return words + "Call it in what the model does with `x`."
     if any(type(each) is keras.layers.SimpleRNN for each in named):
         return words + (

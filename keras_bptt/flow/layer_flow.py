@@ -34,10 +34,10 @@ class LayerFlow:
         truncation, adjoint_clipnorm: of the layer.
         adjoint_norms: |a_t| (examples, timesteps).
         delta_norms: |delta_t| (examples, timesteps).
-        lag_norms: how much of a loss reaches k = 0, 1, ... steps back, as a share of what
+        lag_shares: how much of a loss reaches k = 0, 1, ... steps back, as a share of what
             it is at its own step; with the layer's truncation and clipping.
-        free_lag_norms: the same without truncation and clipping of this layer. What layers
-            above it send is as they send it, truncated where they are.
+        untruncated_lag_shares: the same without truncation and clipping of this layer. What
+            layers above it send is as they send it, truncated where they are.
         last_step_only: whether the loss reads the last state alone.
         singular_values: of U, the recurrent kernel, the largest first.
         spectral_radius: the largest absolute value of U's eigenvalues.
@@ -60,7 +60,7 @@ class LayerFlow:
     >>> from keras_bptt import BPTTRNN, gradient_flow
     >>> model = keras.Sequential([keras.Input((10, 2)), BPTTRNN(4, name="rnn")])
     >>> flow = gradient_flow(model, np.ones((3, 10, 2)), np.ones((3, 4)), loss="mse")
-    >>> flow["rnn"].adjoint_norms.shape, flow["rnn"].lag_norms.shape
+    >>> flow["rnn"].adjoint_norms.shape, flow["rnn"].lag_shares.shape
     ((3, 10), (10,))
     >>> round(flow["rnn"].bound, 3), flow["rnn"].last_step_only
     (1.0, True)
@@ -72,8 +72,8 @@ class LayerFlow:
     adjoint_clipnorm: float | None
     adjoint_norms: np.ndarray
     delta_norms: np.ndarray
-    lag_norms: np.ndarray
-    free_lag_norms: np.ndarray
+    lag_shares: np.ndarray
+    untruncated_lag_shares: np.ndarray
     last_step_only: bool
     singular_values: np.ndarray
     spectral_radius: float
@@ -132,7 +132,7 @@ class LayerFlow:
         Of the gradient without truncation and clipping. NaN where no step is reached from
         another one.
         """
-        shares = self.free_lag_norms
+        shares = self.untruncated_lag_shares
         known = np.flatnonzero((shares > 0) & np.isfinite(shares))
         if len(known) < 2:
             return 0.0 if len(shares) > 1 and len(known) == 1 else math.nan
@@ -149,7 +149,9 @@ class LayerFlow:
     @property
     def finite(self) -> bool:
         """Whether what is said of the gradient rests on finite numbers."""
-        return not self.not_finite and bool(np.all(np.isfinite(self.free_lag_norms)))
+        return not self.not_finite and bool(
+            np.all(np.isfinite(self.untruncated_lag_shares))
+        )
 
     @property
     def verdict(self) -> str:
@@ -252,7 +254,9 @@ class LayerFlow:
 
     def _rest(self):
         """The share of all that lies at lag k or beyond, for k = 0 ... the longest lag."""
-        shares = np.nan_to_num(self.free_lag_norms, nan=math.inf, posinf=math.inf)
+        shares = np.nan_to_num(
+            self.untruncated_lag_shares, nan=math.inf, posinf=math.inf
+        )
         if not len(shares) or not np.all(np.isfinite(shares)):
             return np.ones(max(len(shares), 1))
         half = np.arange(len(shares) // 2, len(shares))

@@ -7,18 +7,16 @@ weights' gradients, that nobody asks for, are pruned. And the states, beside wha
 in.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.runtime.execution import run as graphed
 from keras_bptt.engine.masks import packing, processing_order
-from keras_bptt.flow.probe import linearised
-from keras_bptt.runtime.tensors import filled, size_of
-from keras_bptt.engine.truncated import truncated_recurrence
+from keras_bptt.engine.recurrence import recurrence
+from keras_bptt.runtime.execution import run as graphed
+from keras_bptt.runtime.tensors import filled, mapped, size_of
 from keras_bptt.truncation import Truncation
 
 # A unit is saturated where f' is less than a twentieth of its largest value: for tanh where
@@ -119,13 +117,13 @@ class Measured(NamedTuple):
 def measured(call, cotangents, scale, loss_steps):
     """The numbers of one call, given the gradients by its outputs."""
     options, constants = call.options, call.constants
-    x, W, U, h_0, b, *_ = call.arguments
-    free = dataclasses.replace(options, truncation=None, adjoint_clipnorm=None)
-    e = _cotangents(free, constants, cotangents, *call.arguments)
+    x, weights, initial, *_ = call.arguments
+    free = options.whole.but(adjoint_clipnorm=None, adjoint_max_growth=None)
+    e = _cotangents(free, constants, cotangents, call.arguments)
 
     # Each example's masked steps first, so that lag k is k places from its last real step.
     x, mask = processing_order(options, x, constants.mask)
-    order, real, factors = None, None, constants.factors
+    order, real, factors = None, None, constants.link_factors
     if mask is not None:
         order, real = packing(mask).numpy(), mask.numpy()
         given = (x, mask, e, factors)
@@ -133,15 +131,15 @@ def measured(call, cotangents, scale, loss_steps):
             t if t is None else tf.gather(t, order, batch_dims=1) for t in given
         )
         e = tf.where(mask[:, :, None], e, tf.zeros_like(e))
-    arguments = x, W, U, h_0, b, None, None
+    arguments = call.arguments._replace(x=x, output_layer=())
     packed = dict(return_sequences=True, zero_output_for_mask=False, go_backwards=False)
 
     def sent_back(policy, factors):
-        each = dataclasses.replace(policy, **packed)
-        given = constants._replace(mask=mask, factors=factors)
+        each = policy.but(**packed)
+        given = constants._replace(mask=mask, link_factors=factors)
 
         def back(places):
-            return graphed(_sent_back, each, given, places, e, *arguments)
+            return graphed(_sent_back, each, given, places, e, arguments)
 
         return _lags(back, _norms(e), mask, loss_steps)
 
@@ -150,57 +148,91 @@ def measured(call, cotangents, scale, loss_steps):
     if options != free or factors is not None:
         own_lags, *norms = sent_back(options, factors)
     delta, a = (_in_place(n.numpy() / scale, order, real) for n in norms)
-    each = dataclasses.replace(free, **packed)
-    given = constants._replace(mask=mask, factors=None)
-    h, alone = (t.numpy() for t in graphed(_states, each, given, *arguments))
+    each = free.but(**packed)
+    given = constants._replace(mask=mask, link_factors=None)
+    h, alone = (t.numpy() for t in graphed(_states, each, given, arguments))
     growth = 0.0
-    if _finite(U):
-        growth = _growth(h, alone, h_0.numpy(), None if mask is None else mask.numpy())
+    if _finite(weights[1]):
+        growth = _growth(
+            h, alone, initial[0].numpy(), None if mask is None else mask.numpy()
+        )
     states = _in_place(_state_norms(h), order, real)
     off = _off(call.layer.activation, h, order, real)
     return Measured(a, delta, states, growth, _finite(e), own_lags, free_lags, *off)
 
 
-def _states(options, constants, x, W, U, h_0, *others):
+def linearised(options, constants, arguments):
+    """Return (y, states), and a function from their cotangents to deltas and adjoints.
+
+    Both are tuples, of each delta and each state of the cell (batch, timesteps, ...), in
+    the order of processing, 0 at masked steps. With windows that overlap they are the sums
+    over the windows; clipped adjoints are what is left by clipping.
+    """
+    shapes = options.cell.shapes(arguments.weights)
+    rows = [size_of(arguments.x, 0), size_of(arguments.x, 1)]
+    dtype = arguments.states[0].dtype
+    zeros = tuple(
+        tf.zeros([*rows, *shape], dtype) for shape in (*shapes.states, *shapes.deltas)
+    )
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(zeros)
+        outputs = recurrence(options, constants, arguments._replace(zeros=zeros))
+
+    def back(cotangents):
+        found = tape.gradient(outputs, zeros, cotangents)
+        if options.go_backwards:
+            found = [tf.reverse(t, [1]) for t in found]
+        number = len(shapes.states)
+        return tuple(found[number:]), tuple(found[:number])
+
+    return outputs, back
+
+
+def _states(options, constants, arguments):
     """h_t; and what it would be without a recurrence, f(x_t W + b)."""
-    h, _ = truncated_recurrence(options, constants, x, W, U, h_0, *others)
-    U, h_0 = tf.zeros_like(U), tf.zeros_like(h_0)
-    alone, _ = truncated_recurrence(options, constants, x, W, U, h_0, *others)
+    h, _ = recurrence(options, constants, arguments)
+    W, U, *b = arguments.weights
+    (h_0,) = arguments.states
+    alone = arguments._replace(
+        weights=(W, tf.zeros_like(U), *b), states=(tf.zeros_like(h_0),)
+    )
+    alone, _ = recurrence(options, constants, alone)
     return h, alone
 
 
-def _cotangents(options, constants, cotangents, *arguments):
+def _cotangents(options, constants, cotangents, arguments):
     """e_t of each step, in the order of processing."""
-    x, *_, V, _ = arguments
-    if constants.mask is not None or V is not None:
+    if constants.mask is not None or arguments.output_layer:
         # With windows of one step it is the adjoint.
-        single = dataclasses.replace(options, truncation=Truncation(1))
-        plain = constants._replace(factors=None)
-        return graphed(_adjoint, single, plain, cotangents, *arguments)
-    dy, ds = cotangents
+        single = options.but(truncation=Truncation(1))
+        plain = constants._replace(link_factors=None)
+        return graphed(_adjoint, single, plain, cotangents, arguments)
+    dy, (ds,) = cotangents
 
     def of_last(t):
-        return filled(t[:, None], size_of(x, 1) - 1, axis=1)
+        return filled(t[:, None], size_of(arguments.x, 1) - 1, axis=1)
 
     return (dy if options.return_sequences else of_last(dy)) + of_last(ds)
 
 
-def _adjoint(options, constants, cotangents, *arguments):
-    _, back = linearised(options, constants, *arguments)
-    return back(*cotangents)[1]
+def _adjoint(options, constants, cotangents, arguments):
+    _, back = linearised(options, constants, arguments)
+    _, (a,) = back(cotangents)
+    return a
 
 
-def _sent_back(options, constants, places, e, *arguments):
+def _sent_back(options, constants, places, e, arguments):
     """Of the loss at each place the norms of delta and a (places, batch, timesteps).
 
-    Of all losses at a place that is negative.
+    A negative place means all losses together.
     """
-    (_, state), back = linearised(options, constants, *arguments)
-    state = tf.zeros_like(state)
+    (_, states), back = linearised(options, constants, arguments)
+    states = mapped(tf.zeros_like, states)
 
     def norms(s):
         here = (tf.range(size_of(e, 1)) == s) | (s < 0)
-        delta, a = back(tf.where(here[None, :, None], e, tf.zeros_like(e)), state)
+        e_s = tf.where(here[None, :, None], e, tf.zeros_like(e))
+        (delta,), (a,) = back((e_s, states))
         return _norms(delta), _norms(a)
 
     # One by one: together they would take so many times the memory, and no less time.

@@ -48,10 +48,12 @@ def _over_time(axes, name, flow):
 
 
 def _by_lag(axes, flow, tolerance):
-    lags = np.arange(len(flow.free_lag_norms))
-    axes.plot(lags, _positive(flow.free_lag_norms), label="untruncated, unclipped")
-    if not np.array_equal(flow.lag_norms, flow.free_lag_norms):
-        own = _positive(flow.lag_norms)
+    lags = np.arange(len(flow.untruncated_lag_shares))
+    axes.plot(
+        lags, _positive(flow.untruncated_lag_shares), label="untruncated, unclipped"
+    )
+    if not np.array_equal(flow.lag_shares, flow.untruncated_lag_shares):
+        own = _positive(flow.lag_shares)
         axes.plot(lags[: len(own)], own, "--", label="as the layer has it")
     k = flow.suggest_truncation(tolerance)
     if k is not None:

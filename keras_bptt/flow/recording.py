@@ -3,15 +3,14 @@
 Under a tape, which gives the cotangents that each call of a layer receives.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_bptt.runtime.explicit import cut_off
-from keras_bptt.flow.probe import observed
-from keras_bptt.engine.truncated import truncated_recurrence
+from keras_bptt.engine.recurrence import recurrence
+from keras_bptt.layers.observing import observed
+from keras_bptt.runtime.tensors import mapped
 
 
 class Call(NamedTuple):
@@ -31,10 +30,10 @@ class Recorder:
         self.tape, self.wanted = tape, wanted
         self.calls, self.seen = [], []
 
-    def __call__(self, layer, options, constants, *arguments):
+    def __call__(self, layer, options, constants, arguments):
         self.seen.append(layer.name)
         if not self.wanted(layer):
-            return truncated_recurrence(options, constants, *arguments)
+            return recurrence(options, constants, arguments)
         if not tf.executing_eagerly():
             raise ValueError(
                 f"The gradient flow of a layer is measured where the model calls it "
@@ -42,14 +41,12 @@ class Recorder:
                 "tf.function, or the tf.map_fn, off the model for the measurement."
             )
         # Not compiled: for a single run it would not pay.
-        options = dataclasses.replace(
-            options, keep_states=True, unroll=False, jit_compile=False
-        )
-        outputs = truncated_recurrence(options, constants, *arguments)
+        options = options.but(keep_states=True, unroll=False, jit_compile=False)
+        outputs = recurrence(options, constants, arguments)
         # The output and the state may be one tensor, which would have both cotangents.
-        outputs = tuple(map(tf.identity, outputs))
-        self.tape.watch(outputs)
-        arguments = tf.nest.map_structure(cut_off, arguments)
+        outputs = tf.nest.map_structure(tf.identity, outputs)
+        self.tape.watch(tf.nest.flatten(outputs))
+        arguments = mapped(tf.stop_gradient, arguments)
         self.calls.append(Call(layer, options, constants, arguments, outputs))
         return outputs
 

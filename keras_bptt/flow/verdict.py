@@ -42,7 +42,7 @@ def explanation(flow):
         )
     words = f"{free}: {_course(flow)}"
     if free == "exploding" and flow.adjoint_clipnorm is not None:
-        most = np.nanmax(flow.lag_norms)
+        most = np.nanmax(flow.lag_shares)
         words = (
             f"exploding, but clipped: no step gets more than {most:.2g} times what the "
             f"loss sent. Unclipped: {_course(flow)}"
@@ -85,7 +85,7 @@ def summary(flow):
 def _lines(flow):
     lines = [
         f"|dL/dh_t|   {_line(flow.mean_adjoint, 't = ', 1)}",
-        f"by lag      {_line(flow.lag_norms, 'lag ', 0)}",
+        f"by lag      {_line(flow.lag_shares, 'lag ', 0)}",
     ]
     lines += textwrap.wrap(_numbers(flow), _WIDTH - 2)
     return lines + (textwrap.wrap(_windows(flow), _WIDTH - 2) if flow.finite else [])
@@ -97,7 +97,7 @@ def free_kind(flow):
         return "exploding states"
     if flow.not_finite:
         return "not finite"
-    shares = flow.free_lag_norms
+    shares = flow.untruncated_lag_shares
     if not len(shares):
         return "none" if np.all(np.nan_to_num(flow.adjoint_norms) == 0) else "exploding"
     if not np.all(np.isfinite(shares)) or np.max(shares) >= EXPLODED * shares[0]:
@@ -123,7 +123,7 @@ def _states(flow):
     )
     if flow.not_finite:
         return f"{words}. Not finite: {_listed(flow.not_finite)}"
-    return f"{words}; {_course(flow)}" if len(flow.free_lag_norms) else words
+    return f"{words}; {_course(flow)}" if len(flow.untruncated_lag_shares) else words
 
 
 def _listed(items, most=6):
@@ -133,7 +133,7 @@ def _listed(items, most=6):
 
 
 def _course(flow):
-    shares = flow.free_lag_norms
+    shares = flow.untruncated_lag_shares
     longest = len(shares) - 1
     if longest == 0:
         return "one step, which no gradient passes through"
@@ -161,7 +161,7 @@ def _pace(flow):
     factor = flow.factor
     if factor == 0:
         return "dL/dh_t does not pass one step"
-    if abs(factor - 1) * len(flow.free_lag_norms) < 0.01:
+    if abs(factor - 1) * len(flow.untruncated_lag_shares) < 0.01:
         return "dL/dh_t keeps its norm"
     word, steps = ("halves", flow.half_life)
     if factor > 1:

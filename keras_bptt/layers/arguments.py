@@ -10,8 +10,8 @@ import numbers
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.truncation import positive_integer
 from keras_bptt.runtime.wording import nearest
+from keras_bptt.truncation import positive_integer
 
 # Taken by every layer and recurrent layer, as a signature does not tell.
 _OF_ANY_LAYER = ("name", "dtype", "trainable", "zero_output_for_mask")
@@ -97,6 +97,19 @@ def clipnorm_of(value, dtype):
             "loss is scaled, and the cotangents that are clipped with it. Received: "
             f"adjoint_clipnorm={value!r}, compute dtype float16. Use "
             "'mixed_bfloat16' or 'float32'."
+        )
+    return float(value)
+
+
+def max_growth_of(value):
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 1 <= value < math.inf:
+        raise ValueError(
+            "`adjoint_max_growth` must be a finite number of at least 1, the largest norm "
+            "of dL/dh_t as a multiple of what the losses send to the steps from t on, or "
+            f"None. Received: adjoint_max_growth={value!r}. Pass None to clip nothing."
         )
     return float(value)
 

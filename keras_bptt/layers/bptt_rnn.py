@@ -3,14 +3,23 @@
 import keras
 import tensorflow as tf
 
-from keras_bptt.layers import arguments
 from keras_bptt.cells.activations import resolve
-from keras_bptt.layers.calls import checked_inputs, compiles, drawn_factors, mask_of, state_of
+from keras_bptt.cells.simple_rnn import SimpleRNN
+from keras_bptt.engine.options import Arguments, Constants, Options
+from keras_bptt.engine.recurrence import recurrence
+from keras_bptt.layers import arguments
+from keras_bptt.layers.calls import (
+    checked_inputs,
+    compiles,
+    drawn_factors,
+    mask_of,
+    state_of,
+)
 from keras_bptt.layers.host_cell import check_cell, name_convert, weights_of
+from keras_bptt.layers.observing import observed_or
+from keras_bptt.layers.options import GradientOptions
 from keras_bptt.layers.output_layer import config_of, is_product, output_layer
-from keras_bptt.flow.probe import recurrence_of
-from keras_bptt.engine.recurrence import Constants, Recurrence
-from keras_bptt.truncation import RandomizedTruncation, policy
+from keras_bptt.truncation import RandomizedTruncation
 
 if keras.config.backend() != "tensorflow":
     raise ImportError(
@@ -21,7 +30,7 @@ if keras.config.backend() != "tensorflow":
 
 
 @keras.saving.register_keras_serializable(package="keras_bptt")
-class BPTTRNN(keras.layers.SimpleRNN):
+class BPTTRNN(GradientOptions, keras.layers.SimpleRNN):
     """Fully-connected RNN whose gradient is explicit backpropagation through time.
 
     Use it wherever `keras.layers.SimpleRNN` stands: it takes the same arguments, has the
@@ -73,13 +82,22 @@ class BPTTRNN(keras.layers.SimpleRNN):
     gradients alike; `Truncation` and `RandomizedTruncation` define which paths are kept. It
     is computed as it is defined: the backward pass is as many steps long as a window, not
     as the sequence, and where the last output alone is asked for, the states of the last
-    window are all that is kept. The outputs never change. With `adjoint_clipnorm` = r,
-    a_t is scaled by s_t = min(1, r / |a_t|) for each example, before it makes delta_t and
-    with it all that recurs (Graves 2013): where gradients explode, at the step where they
-    do. Masked steps are not clipped; windows that overlap clip each for itself.
+    window are all that is kept. The outputs never change.
 
-    Without these two, gradients are exact with respect to the inputs, the initial state and
-    the weights, and have exact derivatives of every order. For most activations f' is
+    Where gradients explode, a_t can be clipped at the step where it does (Graves 2013): it
+    is scaled by s_t = min(1, r_t / |a_t|) for each example, before it makes delta_t and
+    with it all that recurs. Two options set the limit r_t, and the smaller one holds:
+
+        adjoint_clipnorm = r        r_t = r
+        adjoint_max_growth = g      r_t = g sum over s >= t of |e_s|
+
+    The second is a pure number: nothing is clipped where no product of Jacobians is larger
+    than g, and the size of the batch, the scale of the loss, the dtype and padding make no
+    difference. Masked steps are not clipped; windows that overlap clip each for itself; s_t
+    is a constant in derivatives of higher order.
+
+    Without these three, gradients are exact with respect to the inputs, the initial state
+    and the weights, and have exact derivatives of every order. For most activations f' is
     computed from h_t; for any other function of one unit z_t is computed again. An
     activation that mixes units, such as softmax, is found out when the layer is built, and
     costs one vector-Jacobian product a step. Forward mode
@@ -116,6 +134,9 @@ class BPTTRNN(keras.layers.SimpleRNN):
             In the units of the cotangents that the layer receives: a mean loss divides
             them by the size of the batch, a `LossScaleOptimizer` multiplies them by its
             scale.
+        adjoint_max_growth: A number of at least 1, or None: no clipping. The largest norm
+            of dL/dh_t of one example as a multiple of what its losses at step t and later
+            send back. 1: a gradient never grows on its way back.
         output_units: Positive integer, the size of the outputs o_t, or None: no output
             layer. Its kernel and bias are made, regularized and constrained as the layer's
             own: `kernel_*`, `bias_*` and `use_bias` hold for both, as the arguments of
@@ -150,10 +171,10 @@ class BPTTRNN(keras.layers.SimpleRNN):
     Raises:
         ImportError: on import, where Keras runs on another backend than TensorFlow.
         ValueError: for `units`, `unroll`, `truncation`, `checkpoint_every`,
-            `adjoint_clipnorm`, `output_units` or `jit_compile` out of their range,
-            `output_activation` without `output_units`, `adjoint_clipnorm` with the compute
-            dtype float16, an activation that breaks its promises, and inputs, state or mask
-            of a wrong shape.
+            `adjoint_clipnorm`, `adjoint_max_growth`, `output_units` or `jit_compile` out of
+            their range, `output_activation` without `output_units`, `adjoint_clipnorm` with
+            the compute dtype float16, an activation that breaks its promises, and inputs,
+            state or mask of a wrong shape.
 
     Example:
 
@@ -198,6 +219,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         truncation=None,
         checkpoint_every=None,
         adjoint_clipnorm=None,
+        adjoint_max_growth=None,
         output_units=None,
         output_activation=None,
         jit_compile="auto",
@@ -212,6 +234,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         self.truncation = truncation
         self.checkpoint_every = checkpoint_every
         self.adjoint_clipnorm = adjoint_clipnorm
+        self.adjoint_max_growth = adjoint_max_growth
         self.jit_compile = jit_compile
         self.output_layer, self._resolved_of = None, None
         if output_units is not None:
@@ -228,64 +251,6 @@ class BPTTRNN(keras.layers.SimpleRNN):
     )
 
     @property
-    def truncation(self):
-        """Which paths of the gradient are kept; may be set.
-
-        What has been traced before goes on with the former one: after a change compile the
-        model again. So it is with `checkpoint_every`, `adjoint_clipnorm`, `jit_compile`,
-        `unroll` and `cell.activation`.
-        """
-        return self._truncation
-
-    @truncation.setter
-    def truncation(self, value):
-        value = policy(value)
-        if isinstance(value, RandomizedTruncation):
-            if self.built:
-                raise ValueError(
-                    "A RandomizedTruncation has a state, which no layer that is built can "
-                    f"get. Received: truncation={value}. Make the layer with it."
-                )
-            self._truncation_draws = keras.random.SeedGenerator(value.seed)
-        self._truncation = value
-
-    @property
-    def checkpoint_every(self):
-        """How many steps lie between states that are kept; set as `truncation` is."""
-        return self._checkpoint_every
-
-    @checkpoint_every.setter
-    def checkpoint_every(self, value):
-        self._checkpoint_every = arguments.checkpoint_every_of(value)
-
-    @property
-    def adjoint_clipnorm(self):
-        """The largest norm of dL/dh_t of one example; set as `truncation` is."""
-        return self._adjoint_clipnorm
-
-    @adjoint_clipnorm.setter
-    def adjoint_clipnorm(self, value):
-        self._adjoint_clipnorm = arguments.clipnorm_of(value, self.compute_dtype)
-
-    @property
-    def jit_compile(self):
-        """Whether XLA compiles the recurrence; set as `truncation` is."""
-        return self._jit_compile
-
-    @jit_compile.setter
-    def jit_compile(self, value):
-        self._jit_compile = arguments.jit_compile_of(value)
-
-    @property
-    def unroll(self):
-        """Whether all steps are written into the graph; set as `truncation` is."""
-        return arguments.all_steps(self._unroll)
-
-    @unroll.setter
-    def unroll(self, value):
-        self._unroll = arguments.unroll_of(value)
-
-    @property
     def output_units(self):
         """The size of the outputs o_t, or None: there is no output layer."""
         return None if self.output_layer is None else self.output_layer.units
@@ -297,15 +262,8 @@ class BPTTRNN(keras.layers.SimpleRNN):
 
     def get_config(self):
         config = super().get_config()
-        config["unroll"] = self._unroll
-        # Left out where they say nothing, so that SimpleRNN can take the configuration.
-        if self.truncation is not None:
-            config["truncation"] = keras.saving.serialize_keras_object(self.truncation)
         if self.output_layer is not None:
             config |= config_of(self.output_layer, self.dtype_policy)
-        for name in ("checkpoint_every", "adjoint_clipnorm", "jit_compile"):
-            if getattr(self, name) not in (None, "auto"):
-                config[name] = getattr(self, name)
         return config
 
     @classmethod
@@ -357,15 +315,12 @@ class BPTTRNN(keras.layers.SimpleRNN):
         if randomized and training:
             drawn = self.truncation, self._truncation_draws
             factors = drawn_factors(*drawn, sequences, dtype)
-        constants = Constants(
-            mask=mask_of(mask, sequences),
-            d=cell.get_dropout_mask(sequences[:, 0, :]) if training else None,
-            r=cell.get_recurrent_dropout_mask(h_0) if training else None,
-            factors=factors,
-        )
+        d = cell.get_dropout_mask(sequences[:, 0, :]) if training else None
+        r = cell.get_recurrent_dropout_mask(h_0) if training else None
+        constants = Constants(mask_of(mask, sequences), (d, r), factors)
         xla = compiles(self.jit_compile, training, self.unroll, f, self.units, dtype)
-        options = Recurrence(
-            activation=f,
+        options = Options(
+            SimpleRNN(f),
             return_sequences=self.return_sequences,
             zero_output_for_mask=self.zero_output_for_mask,
             go_backwards=self.go_backwards,
@@ -376,11 +331,14 @@ class BPTTRNN(keras.layers.SimpleRNN):
             # Every state: what is kept anyway.
             checkpoint_every=None if every == 1 else every,
             adjoint_clipnorm=arguments.clipnorm_of(self.adjoint_clipnorm, dtype),
+            adjoint_max_growth=self.adjoint_max_growth,
         )
         product = is_product(g, dtype)
-        W, U, *others = weights_of(cell, g if product else None)
+        weights, output_weights = weights_of(cell, g if product else None)
         x = tf.cast(sequences, dtype)
-        y, state = recurrence_of(self, options, constants, x, W, U, h_0, *others)
+        differentiable = Arguments(x, weights, (h_0,), output_weights)
+        run = observed_or(recurrence, self)
+        y, (state,) = run(options, constants, differentiable)
         if g is not None:
             # Keras' function, as it is: losses look for the logits behind a softmax.
             y = g.activation(y) if product else g(y)

@@ -43,6 +43,7 @@ class BPTTRNN(keras.layers.SimpleRNN):
         truncation: _Policy = None,
         checkpoint_every: int | Literal["sqrt"] | None = None,
         adjoint_clipnorm: float | None = None,
+        adjoint_max_growth: float | None = None,
         output_units: int | None = None,
         output_activation: _Named = None,
         jit_compile: bool | Literal["auto"] = "auto",
@@ -64,6 +65,10 @@ class BPTTRNN(keras.layers.SimpleRNN):
     def adjoint_clipnorm(self) -> float | None: ...
     @adjoint_clipnorm.setter
     def adjoint_clipnorm(self, value: float | None) -> None: ...
+    @property
+    def adjoint_max_growth(self) -> float | None: ...
+    @adjoint_max_growth.setter
+    def adjoint_max_growth(self, value: float | None) -> None: ...
     @property
     def jit_compile(self) -> bool | Literal["auto"]: ...
     @jit_compile.setter

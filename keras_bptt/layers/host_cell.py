@@ -26,11 +26,15 @@ def check_cell(name, cell):
 
 
 def weights_of(cell, output_layer=None):
-    """W, U and b of the cell, V and c of an output layer; None for what is not there."""
-    weights = [cell.kernel, cell.recurrent_kernel, cell.bias]
-    if output_layer is not None:
-        weights += [output_layer.kernel, output_layer.bias]
-    return stored(cell.dtype_policy, weights)
+    """(W, U, b) of the cell and (V, c) of an output layer, without what is not there."""
+
+    def read(variables):
+        return tuple(stored(cell.dtype_policy, [v for v in variables if v is not None]))
+
+    weights = read([cell.kernel, cell.recurrent_kernel, cell.bias])
+    if output_layer is None:
+        return weights, ()
+    return weights, read([output_layer.kernel, output_layer.bias])
 
 
 def name_convert(cell):

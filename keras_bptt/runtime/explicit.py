@@ -44,51 +44,76 @@ def explicit(forward: Callable, backward: Callable) -> Callable:
     """Return `forward` as a differentiable operation whose gradient is `backward`.
 
     Args:
-        forward: `forward(*args) -> (outputs, residuals)`: a tuple of tensors for the
-            caller, and whatever the backward pass is to keep.
-        backward: `backward(args, outputs, residuals, cotangents) -> gradients`, one for
-            each argument. To be differentiable itself it must be made of differentiable
-            operations of `args`, `outputs` and `cotangents`; `residuals` are numbers, cut
-            off from the arguments.
+        forward: `forward(*args) -> (outputs, residuals)`: tensors for the caller, and
+            whatever the backward pass is to keep.
+        backward: `backward(args, outputs, residuals, cotangents) -> gradients`, those of
+            `args`. To be differentiable itself it must be made of differentiable operations
+            of `args`, `outputs` and `cotangents`; `residuals` are numbers, cut off from the
+            arguments.
+
+    Arguments and outputs are structures of tensors, of which some may be None.
 
     Returns:
-        A function of tensors that returns the tuple `outputs`.
+        A function of the arguments that returns the outputs.
     """
 
     def call(*args):
-        outer = []
+        places, shown, outer = _places(args), [], []
 
         @tf.custom_gradient
-        def operation(*args):
-            outputs, residuals = forward(*map(tf.stop_gradient, args))
+        def operation(*given):
+            cut = map(tf.stop_gradient, given)
+            outputs, residuals = forward(*_filled(places, cut))
             residuals = tf.nest.map_structure(cut_off, residuals)
+            shown.append(_places(outputs))
 
             def grad(*cotangents):
                 # Only eager forward mode asks for the gradient before the call returns;
                 # it needs the first derivative alone, so the inner outputs will do.
                 current = outer[0] if outer else outputs
-                cotangents = tuple(map(_like, cotangents, current))
-                return tuple(backward(args, current, residuals, cotangents))
+                each = zip(cotangents, _given(current), strict=True)
+                cotangents = _filled(shown[0], [_like(c, y) for c, y in each])
+                args = _filled(places, given)
+                found = backward(args, current, residuals, cotangents)
+                found = tf.nest.flatten(found)
+                is_given = tf.nest.flatten(places)
+                return [g for g, given in zip(found, is_given, strict=True) if given]
 
-            return tuple(outputs), grad
+            return tuple(_given(outputs)), grad
 
-        outer.append(operation(*map(local, args)))
+        outputs = operation(*map(local, _given(args)))
+        outer.append(_filled(shown[0], outputs))
         return outer[0]
 
     return call
+
+
+def _places(structure):
+    """The structure, with True for a tensor and False for None."""
+    return tf.nest.map_structure(lambda t: t is not None, structure)
+
+
+def _given(structure):
+    """The tensors of a structure."""
+    return [t for t in tf.nest.flatten(structure) if t is not None]
+
+
+def _filled(places, tensors):
+    """The structure of `places`, with the tensors where it is True, None elsewhere."""
+    tensors = iter(tensors)
+    return tf.nest.map_structure(lambda given: next(tensors) if given else None, places)
 
 
 class Derivation(NamedTuple):
     """A function and its first derivative, written twice: fast, and differentiable.
 
     Attributes:
-        forward: `forward(options, constants, *args) -> (outputs, residuals)`.
-        backward: `backward(options, constants, outputs, residuals, cotangents, *args)`
-            returns one gradient for each argument, None for one that is None. It is never
-            differentiated.
-        composed: `composed(options, constants, *args) -> outputs`, the same function made
-            of differentiable operations. Its derivatives are those of second and higher
-            order; it is evaluated only where they are asked for.
+        forward: `forward(options, constants, arguments) -> (outputs, residuals)`.
+        backward: `backward(options, constants, outputs, residuals, cotangents, arguments)`
+            returns the gradients of the arguments. It is never differentiated.
+        composed: `composed(options, constants, arguments) -> outputs`, the same function
+            made of differentiable operations. Its derivatives are those of second and
+            higher order; it is evaluated only where they are asked for.
     """
 
     forward: Callable
@@ -96,76 +121,74 @@ class Derivation(NamedTuple):
     composed: Callable
 
 
-def explicit_first_order(derivation: Derivation, options, constants, *args):
-    """Return the outputs of `derivation.forward`, differentiable with respect to `args`.
+def explicit_first_order(derivation: Derivation, options, constants, arguments):
+    """Return the outputs of `derivation.forward`, differentiable in the arguments.
 
-    `options` is static and hashable; `constants` are tensors without a gradient. An
-    argument may be None, and is then no argument of the operation.
+    `options` is static and hashable; `constants` are tensors without a gradient.
     """
-    given = tuple(arg is not None for arg in args)
-    args = [arg for arg in args if arg is not None]
-    refuse_forward_mode(args)
+    refuse_forward_mode(_given(arguments))
     # Else a tape that watches what they were made of would record the loop.
     constants = tf.nest.map_structure(cut_off, constants)
 
-    def forward(*args):
-        return run(derivation.forward, options, constants, *_placed(given, args))
+    def forward(arguments):
+        return run(derivation.forward, options, constants, arguments)
 
     def gradients(args, outputs, residuals, cotangents):
-        number = len(args)
-        outputs = tuple(map(tf.stop_gradient, outputs))
+        outputs = tf.nest.map_structure(tf.stop_gradient, outputs)
         known = tf.nest.map_structure(local, constants)
 
-        def values(*tensors):
-            args, cotangents = tensors[:number], tensors[number:]
-            results = known, outputs, residuals, cotangents
-            found = run(derivation.backward, options, *results, *_placed(given, args))
-            return [gradient for gradient in found if gradient is not None], ()
+        def values(arguments, cotangents):
+            results = outputs, residuals, cotangents, arguments
+            return run(derivation.backward, options, known, *results), ()
 
         def second_order(tensors, outputs, residuals, cotangents):
             del outputs, residuals  # recomputed, and so connected to the arguments
-            static = (derivation.composed, options, given)
+            static = derivation.composed, options
             return run(_second_order, static, known, tensors, cotangents)
 
-        return explicit(values, second_order)(*args, *cotangents)
+        return (explicit(values, second_order)(*args, cotangents),)
 
-    return explicit(forward, gradients)(*args)
+    return explicit(forward, gradients)(arguments)
 
 
 def _second_order(static, constants, tensors, cotangents):
     """The gradients of <gradients of composed, cotangents>."""
-    composed, options, given = static
-    number = sum(given)
+    composed, options = static
 
-    def function(*args):
-        return composed(options, constants, *_placed(given, args))
+    def function(arguments):
+        return composed(options, constants, arguments)
 
-    def gradients(*tensors):
-        return vjp(function, tensors[:number], tensors[number:])
+    def gradients(arguments, cotangents):
+        return vjp(function, (arguments,), cotangents)[0]
 
     return vjp(gradients, tensors, cotangents)
 
 
 def vjp(function: Callable, args, cotangents):
-    """The gradients of <function(*args), cotangents> by `args`; zeros where unconnected."""
-    zero = tf.UnconnectedGradients.ZERO
+    """The gradients of <function(*args), cotangents> by `args`; zeros where unconnected.
+
+    Arguments and outputs are structures of tensors, of which some may be None; integers
+    have no gradient, None.
+    """
+    if not tf.executing_eagerly():
+        args = tf.nest.map_structure(local, args)
+    flat, cotangents = tf.nest.flatten(args), _given(cotangents)
+    places = [t is not None and t.dtype.is_floating for t in flat]
+    sources = [t for t, place in zip(flat, places, strict=True) if place]
+    zero = {"unconnected_gradients": tf.UnconnectedGradients.ZERO}
     if tf.executing_eagerly():
         with tf.GradientTape() as tape:
-            tape.watch(args)
-            outputs = function(*args)
-        return tape.gradient(outputs, args, cotangents, unconnected_gradients=zero)
-    # No tape here: while a forward-mode accumulator transposes a gradient, tapes record
-    # nothing.
-    args = list(map(local, args))
-    return tf.gradients(
-        function(*args), args, list(cotangents), unconnected_gradients=zero
-    )
-
-
-def _placed(given, tensors):
-    """The tensors in the places of those that are given, None in the others."""
-    tensors = iter(tensors)
-    return [next(tensors) if is_given else None for is_given in given]
+            tape.watch(sources)
+            outputs = _given(function(*args))
+        found = tape.gradient(outputs, sources, cotangents, **zero)
+    else:
+        # No tape here: while a forward-mode accumulator transposes a gradient, tapes record
+        # nothing.
+        outputs = _given(function(*args))
+        found = tf.gradients(outputs, sources, cotangents, **zero)
+    found = iter(found)
+    gradients = [next(found) if place else None for place in places]
+    return tf.nest.pack_sequence_as(args, gradients)
 
 
 def local(tensor):

@@ -7,28 +7,33 @@ where each is one operation of the graph, compiled by XLA.
 
 import tensorflow as tf
 
-from keras_bptt.engine.blocks import LOOP_SIZE, USUAL_BATCH
 from keras_bptt.runtime.execution import cores, within_xla
-from keras_bptt.runtime.tensors import size_of, widened
+from keras_bptt.runtime.tensors import mapped, size_of, widened
 
 # Measured on two cores. Multiply-adds of a step above which XLA itself shares the product.
 SHARED_PRODUCT = 2**23
 # Multiply-adds of a pass: below, it takes no longer than what the parts cost.
 LEAST_WORK = 2**24
 # Examples of a part: a product of fewer rows is slower for each. Parts: more are untried.
-FEWEST_EXAMPLES, MOST_SHARDS = 4, 4
+FEWEST_EXAMPLES, MOST_PARTS = 4, 4
+# Examples and steps, where they are not known.
+USUAL_BATCH, USUAL_STEPS = 32, 64
 
 
-def shards_of(x, U, jit_compile):
-    """How many shards the batch of `x` (batch, timesteps, features) is to be cut into."""
+def parts_of(x, cost, jit_compile):
+    """How many parts the batch of `x` (batch, timesteps, ...) is to be cut into.
+
+    Args:
+        cost: of the cell.
+    """
     if not jit_compile or within_xla():
         return 1
     batch = USUAL_BATCH if x.shape[0] is None else x.shape[0]
-    steps = LOOP_SIZE if x.shape[1] is None else x.shape[1]
-    step = batch * U.shape[0] ** 2
+    steps = USUAL_STEPS if x.shape[1] is None else x.shape[1]
+    step = batch * cost.products
     if step > SHARED_PRODUCT or step * steps < LEAST_WORK:
         return 1
-    return max(1, min(cores(), MOST_SHARDS, batch // FEWEST_EXAMPLES))
+    return max(1, min(cores(), MOST_PARTS, batch // FEWEST_EXAMPLES))
 
 
 def split(count, structure):
@@ -39,16 +44,20 @@ def split(count, structure):
     edges = [batch * i // count for i in range(count + 1)]
 
     def part(i):
-        return tf.nest.map_structure(
-            lambda t: None if t is None else t[edges[i] : edges[i + 1]], structure
-        )
+        return mapped(lambda t: t[edges[i] : edges[i + 1]], structure)
 
     return [part(i) for i in range(count)]
 
 
 def joined(parts):
-    """The parts as one tensor."""
-    return parts[0] if len(parts) == 1 else tf.concat(parts, 0)
+    """The parts, structures of tensors, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return tf.nest.map_structure(lambda *each: _joined(each), *parts)
+
+
+def _joined(parts):
+    return None if parts[0] is None else tf.concat(parts, 0)
 
 
 def summed(parts, dtype):
