@@ -20,10 +20,10 @@ from keras_bptt import (
     GradientFlowLogger,
     RandomizedTruncation,
     Truncation,
-    events,
+    callbacks,
     gradient_flow,
-    measuring_callback,
 )
+from keras_bptt.flow import tensorboard
 
 B, T, D, H = 4, 12, 2, 3
 X, Y = (random_inputs(*shape).astype("float32") for shape in [(B, T, D), (B, 2)])
@@ -79,7 +79,7 @@ def test_the_logs_hold_what_gradient_flow_gives():
             "delta_norm": np.mean(each.delta_norms),
             "factor": each.factor,
             "half_life": each.half_life,
-            "lag_share": each.free_lag_norms[-1],
+            "lag_share": each.untruncated_lag_shares[-1],
             "sigma_max": each.sigma_max,
             "spectral_radius": each.spectral_radius,
             off: np.mean(getattr(each, off)),
@@ -217,7 +217,7 @@ def test_tensorboard_has_the_numbers_the_words_and_the_map(tmp_path):
     assert metadata.plugin_data.plugin_name == "images"
     assert "1e-8" in metadata.summary_description
     first, second = pixels_of(first), pixels_of(second)
-    cell = events.MOST_CELLS // T
+    cell = tensorboard.MOST_CELLS // T
     assert first.shape == (16, T * cell, 3) and second.shape == (32, T * cell, 3)
     # A row for each epoch measured: it gets brighter with t where the gradient vanishes.
     np.testing.assert_array_equal(second[:16], first)
@@ -244,17 +244,17 @@ def test_the_writer_is_closed(tmp_path):
 
 def test_colours_of_the_map():
     table = np.array([[-8, 2, -np.inf, np.inf, np.nan, -3]])
-    pixels = events.heat_map(table, -8, 2)[0, :: 256 // 6].astype(int)
+    pixels = tensorboard.heat_map(table, -8, 2)[0, :: 256 // 6].astype(int)
     dark, bright, zero, infinite, missing, middle = pixels.tolist()
     assert dark == zero == [68, 1, 84] and bright == infinite == [253, 231, 37]
     assert missing == [128] * 3 and middle == [33, 145, 140]
-    grey = events.heat_map(np.arange(256.0)[None], 0, 255)[0] @ [0.3, 0.59, 0.11]
+    grey = tensorboard.heat_map(np.arange(256.0)[None], 0, 255)[0] @ [0.3, 0.59, 0.11]
     assert np.all(np.diff(grey) > -0.7), "brighter, but for the rounding to bytes"
 
 
 def test_large_maps_are_reduced():
     table = np.linspace(-8, 2, 300)[:, None] + np.zeros(1000)
-    pixels = events.heat_map(table, -8, 2)
+    pixels = tensorboard.heat_map(table, -8, 2)
     assert pixels.shape == (256, 256, 3)
     assert (
         np.all(pixels == pixels[:, :1]) and len(np.unique(pixels[:, 0], axis=0)) > 200
@@ -288,7 +288,9 @@ def measured():
     flow = gradient_flow(model_of(rnn), X, Y)["rnn"]
 
     def of(layer, q):
-        shares = dataclasses.replace(flow, free_lag_norms=q ** np.arange(float(T)))
+        shares = dataclasses.replace(
+            flow, untruncated_lag_shares=q ** np.arange(float(T))
+        )
         return GradientFlow({"rnn": shares}, {"rnn": layer})
 
     return of
@@ -300,9 +302,7 @@ def moved(measured, monkeypatch):
 
     def of(q, rnn, window):
         flow = measured(rnn, q)
-        monkeypatch.setattr(
-            measuring_callback, "gradient_flow", lambda *args, **kwargs: flow
-        )
+        monkeypatch.setattr(callbacks, "gradient_flow", lambda *args, **kwargs: flow)
         return epoch_of(window, keras.Sequential())
 
     return of

@@ -1,22 +1,21 @@
 """The recurrence with checkpoints: a block of states is computed again on the way back.
 
 Gradients are compared with those of the same call that keeps every state, once with the
-NumPy reference, and bit for bit where both walk the same blocks. Last, terms are broken
-one at a time. `test_checkpoint_memory.py` has what is kept, `test_sliding.py` checkpoints
-with a truncation.
+NumPy reference, and bit for bit where both walk the same blocks. `test_breaks.py` shows
+that the checks can fail, `test_checkpoint_memory.py` has what is kept, `test_sliding.py`
+checkpoints with a truncation.
 """
 
 import functools
 import itertools
-import types
 from unittest import mock
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import MODULES
 from helpers import FLOAT64, few, in_modes, relative_error, rng
-from mutation import mutation_tests
 from test_recurrence import (
     MASKS,
     Problem,
@@ -30,16 +29,11 @@ from test_recurrence import (
 from test_recurrence import evaluate as evaluate_known
 
 import keras_bptt.cells.activations
+import keras_bptt.engine.backward
 import keras_bptt.engine.blocks
-import keras_bptt.engine.fused
+import keras_bptt.engine.parts
 import keras_bptt.engine.recurrence
-import keras_bptt.engine.shards
 
-MODULES = types.SimpleNamespace(
-    activations=keras_bptt.activations,
-    blocks=keras_bptt.blocks,
-    recurrence=keras_bptt.recurrence,
-)
 # Batch, timesteps, features and units: all different. A row for each kind of mask.
 ROWS = ("none", "left", "right", "holes", "all")
 SHAPE = B, T, D, H = len(ROWS), 6, 4, 3
@@ -338,16 +332,16 @@ def test_equals_reference(every, sequences, mode):
 )
 def test_parts_of_the_batch(monkeypatch, constants, option):
     """Each with checkpoints of its own."""
-    monkeypatch.setattr(keras_bptt.shards, "cores", lambda: 2)
-    monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
-    monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "cores", lambda: 2)
+    monkeypatch.setattr(keras_bptt.engine.parts, "LEAST_WORK", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "FEWEST_EXAMPLES", 1)
     parts = []
-    original = keras_bptt.engine.fused.backward_of_shard
+    original = keras_bptt.engine.backward.gradients_of_part
     monkeypatch.setattr(
-        keras_bptt.fused,
-        "backward_of_shard",
+        keras_bptt.engine.backward,
+        "gradients_of_part",
         lambda options, *args: (
-            parts.append(args[6]) or original(options, *args)
+            parts.append(*args[2]) or original(options, *args)
             if options.checkpoint_every
             else original(options, *args)
         ),
@@ -474,7 +468,7 @@ def test_jacobian(every, option):
     assert relative_error(jacobian(every), want) < FLOAT64
 
 
-# ------------------------------------------------------------------------ mutations
+# -------------------------------------------------- checks that test_breaks.py runs
 
 
 def check_again(modules):
@@ -492,88 +486,3 @@ def check_loop(modules):
 
 
 CHECKS = {"again": check_again, "in a loop": check_loop}
-
-MUTATIONS = [
-    ("again", "without the mask", "residuals", "first, z, m, r", "first, z, None, r"),
-    ("again", "without r", "residuals", "first, z, m, r", "first, z, m, None"),
-    (
-        "again",
-        "without d",
-        "residuals",
-        "project(dropped(d, cut(x, start, size)), W, b)",
-        "project(cut(x, start, size), W, b)",
-    ),
-    (
-        "again",
-        "without b",
-        "residuals",
-        "project(dropped(d, cut(x, start, size)), W, b)",
-        "project(dropped(d, cut(x, start, size)), W, None)",
-    ),
-    (
-        "again",
-        "from the first checkpoint",
-        "residuals",
-        "first = starts[place]",
-        "first = starts[0]",
-    ),
-    (
-        "again",
-        "from the last checkpoint",
-        "residuals",
-        "first = starts[place]",
-        "first = starts[-1]",
-    ),
-    (
-        "again",
-        "the state after for the one before",
-        "residuals",
-        "return h, first",
-        "return h, h[0]",
-    ),
-    (
-        "again",
-        "steps of another block",
-        "residuals",
-        "dropped(d, cut(x, start, size))",
-        "dropped(d, cut(x, 0, size))",
-    ),
-    (
-        "again",
-        "h_0 before every block",
-        "blocks",
-        "states[j] = carry[0]",
-        "states[j] = carry[0] if j == 0 else states[0]",
-    ),
-    (
-        "in a loop",
-        "states after the blocks",
-        "blocks",
-        "outputs = [*outputs, carry[0]] if starts",
-        "outputs = [*outputs, new[0]] if starts",
-    ),
-    (
-        "in a loop",
-        "states at other blocks' places",
-        "blocks",
-        "a.write(j, o)",
-        "a.write(count - 1 - j, o)",
-    ),
-    (
-        "in a loop",
-        "run the steps that pad the last block",
-        "blocks",
-        "valid = None if blocks.whole else tf.minimum(size, steps - j * size)",
-        "valid = None",
-    ),
-    (
-        "in a loop",
-        "from the first checkpoint",
-        "residuals",
-        "start // blocks.size",
-        "0 * start",
-    ),
-]
-
-
-test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)

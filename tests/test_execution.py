@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import Recurrence
 from helpers import (
     FLOAT64,
     MODES,
@@ -30,12 +31,16 @@ from helpers import (
 from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_bptt.cells.activations
+import keras_bptt.engine.backward
 import keras_bptt.engine.blocks
-import keras_bptt.engine.recurrence
-import keras_bptt.engine.shards
+import keras_bptt.engine.forward
+import keras_bptt.engine.parts
 from keras_bptt import BPTTRNN
+from keras_bptt.cells.cell import Point
+from keras_bptt.engine.adjoints import Terms, plain_pass
+from keras_bptt.engine.clipping import Arriving
+from keras_bptt.engine.states import states_pass
 from keras_bptt.runtime.execution import within_xla
-from keras_bptt.engine.passes import backward_pass, forward_pass
 
 slow = pytest.mark.slow
 
@@ -141,17 +146,18 @@ def test_inside_xla_nothing_is_compiled_on_its_own(timesteps):
 @pytest.fixture
 def sharded(monkeypatch):
     """Three cores, and no work too small to share them."""
-    monkeypatch.setattr(keras_bptt.shards, "cores", lambda: 3)
-    monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 0)
-    monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "cores", lambda: 3)
+    monkeypatch.setattr(keras_bptt.engine.parts, "LEAST_WORK", 0)
+    monkeypatch.setattr(keras_bptt.engine.parts, "FEWEST_EXAMPLES", 1)
     calls = []
-    original = keras_bptt.engine.fused.split
+    original = keras_bptt.engine.parts.split
 
     def split(count, structure):
         calls.append(count)
         return original(count, structure)
 
-    monkeypatch.setattr(keras_bptt.fused, "split", split)
+    for module in (keras_bptt.engine.forward, keras_bptt.engine.backward):
+        monkeypatch.setattr(module, "split", split)
     yield calls
     assert set(calls) <= {1, 2, 3} and max(calls) > 1, "nothing was split"
 
@@ -274,14 +280,16 @@ def test_one_graph_for_all_lengths(activation, sequence, masked, mode):
 def test_new_lengths_compile_nothing_new(monkeypatch):
     """XLA compiles for shapes: every block of every length must have the same."""
     shapes = []
-    original = keras_bptt.engine.fused.call
+    original = keras_bptt.runtime.execution.call
 
     def call(function, options, jit_compile, valid, *tensors):
         assert jit_compile
-        shapes.append([None if t is None else t.shape[1:].as_list() for t in tensors])
+        found = [t for t in tf.nest.flatten(tensors) if t is not None]
+        shapes.append([t.shape[1:].as_list() for t in found])
         return original(function, options, jit_compile, valid, *tensors)
 
-    monkeypatch.setattr(keras_bptt.fused, "call", call)
+    for module in (keras_bptt.engine.forward, keras_bptt.engine.backward):
+        monkeypatch.setattr(module, "call", call)
     model = keras.Sequential([keras.Input((None, D)), BPTTRNN(H)])
     model.compile("sgd", "mse")
     for steps in (5, 6, 7, 31, 2):
@@ -296,17 +304,20 @@ def test_new_lengths_compile_nothing_new(monkeypatch):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_the_number_of_steps_is_no_constant_of_a_compiled_pass(backward):
     """Else XLA would compile for each number of steps that a last block may have."""
-    activation = keras_bptt.cells.activations.resolve(keras.activations.tanh, H, "float32")
-    options = keras_bptt.engine.recurrence.Recurrence(activation)
+    activation = keras_bptt.cells.activations.resolve(
+        keras.activations.tanh, H, "float32"
+    )
+    options, noise = Recurrence(activation), (None, None)
 
     @tf.function(jit_compile=True)
-    def call(valid, U, state, z, h):
+    def call(valid, W, U, state, z, h):
+        given = valid, (W, U), noise
         if backward:
-            known = h, None, z, None, None, None
-            return backward_pass(options, valid, U, state, *known)
-        return forward_pass((options, True), valid, U, state, z, None, None)
+            terms = Terms(Point(None, None, (h,), None), z)
+            return plain_pass(options, *given, Arriving((state,)), terms)
+        return states_pass((options, (0,)), *given, (state,), (z,), None)
 
-    shapes = [(), (H, H), (B, H), (B, T, H), (T, B, H)]
+    shapes = [(), (D, H), (H, H), (B, H), (B, T, H), (T, B, H)]
     tensors = [tf.ones(s, tf.float32 if s else tf.int32) for s in shapes]
     # What XLA takes for a constant is no parameter of the program.
     hlo = call.experimental_get_compiler_ir(*tensors)(stage="hlo")
@@ -320,7 +331,7 @@ def test_eager_steps_of_several_batches_and_lengths(
     monkeypatch, masked, sequence, jit_compile
 ):
     """The forward pass may be traced for any batch, the backward pass for one alone."""
-    monkeypatch.setattr(keras_bptt.blocks, "NUMBERS", 8 * B * H)
+    monkeypatch.setattr(keras_bptt.engine.blocks, "NUMBERS", 8 * B * H)
     theirs, ours = pair(return_sequences=sequence)
     ours.jit_compile = jit_compile
     for batch, steps in ((B, 12), (2 * B, 12), (B, 12), (B, 17), (2, 33), (2 * B, 33)):
@@ -372,7 +383,7 @@ def test_unroll_by_a_number(unroll, mode):
 
 def test_iterations_of_a_loop(monkeypatch):
     """The number of steps an iteration is the one asked for."""
-    monkeypatch.setattr(keras_bptt.blocks, "NUMBERS", 2**19)
+    monkeypatch.setattr(keras_bptt.engine.blocks, "NUMBERS", 2**19)
 
     def products(unroll):
         layer = BPTTRNN(H, unroll=unroll)

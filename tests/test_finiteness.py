@@ -15,8 +15,8 @@ from keras_bptt import (
     AdaptiveTruncation,
     GradientFlowLogger,
     Truncation,
+    callbacks,
     gradient_flow,
-    measuring_callback,
 )
 
 B, T, D, H, F = 3, 9, 4, 6, 2
@@ -428,7 +428,7 @@ def epoch_of(callback, model):
 @pytest.mark.parametrize("window", [3, None, Truncation(4, stride=1)], ids=str)
 def test_a_window_stays_where_numbers_are_not_finite(window, fault, monkeypatch):
     model, batch, flow = fault
-    monkeypatch.setattr(measuring_callback, "gradient_flow", lambda *_, **__: flow)
+    monkeypatch.setattr(callbacks, "gradient_flow", lambda *_, **__: flow)
     rnn = model.get_layer("rnn")
     rnn.truncation = window
     before = rnn.truncation

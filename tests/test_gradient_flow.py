@@ -55,7 +55,7 @@ def cotangents(model, x, y):
 def test_a_scaled_rotation_has_its_closed_form(q):
     x, y = data(H)
     flow = gradient_flow(linear(q * orthogonal()), x, y, loss=MSE)["rnn"]
-    np.testing.assert_allclose(flow.lag_norms, q ** np.arange(T), rtol=1e-12)
+    np.testing.assert_allclose(flow.lag_shares, q ** np.arange(T), rtol=1e-12)
     np.testing.assert_allclose(flow.factor, q, rtol=1e-12)
     np.testing.assert_allclose(flow.singular_values, q, rtol=1e-12)
     np.testing.assert_allclose([flow.sigma_max, flow.spectral_radius, flow.bound], q)
@@ -75,7 +75,7 @@ def test_norms_of_any_linear_network_are_those_of_powers_of_U():
     norms = np.linalg.norm(a, axis=2)
     np.testing.assert_allclose(flow.adjoint_norms, norms[:, ::-1], rtol=1e-12)
     np.testing.assert_allclose(flow.delta_norms, norms[:, ::-1], rtol=1e-12)
-    np.testing.assert_allclose(flow.lag_norms, norms.sum(0) / norms[:, 0].sum())
+    np.testing.assert_allclose(flow.lag_shares, norms.sum(0) / norms[:, 0].sum())
     np.testing.assert_allclose(flow.singular_values, np.linalg.svd(U)[1])
     assert flow.spectral_radius < flow.sigma_max
     np.testing.assert_allclose(flow.spectral_radius, 1.1)
@@ -101,12 +101,12 @@ def test_losses_at_every_step_are_followed_back_one_by_one():
     for k in range(T):
         reached = np.linalg.norm(e[:, k:] @ np.linalg.matrix_power(U.T, k), axis=2)
         share = reached.sum() / np.linalg.norm(e[:, k:], axis=2).sum()
-        np.testing.assert_allclose(flow.lag_norms[k], share, rtol=1e-12)
+        np.testing.assert_allclose(flow.lag_shares[k], share, rtol=1e-12)
     assert not flow.last_step_only
     # A sample of them: any one loses the same in a scaled rotation.
     model = linear(0.7 * orthogonal(), return_sequences=True)
     flow = gradient_flow(model, x, y, loss=MSE, loss_steps=3)["rnn"]
-    np.testing.assert_allclose(flow.lag_norms, 0.7 ** np.arange(T), rtol=1e-12)
+    np.testing.assert_allclose(flow.lag_shares, 0.7 ** np.arange(T), rtol=1e-12)
 
 
 # --- any network: the reference
@@ -191,11 +191,11 @@ def test_truncation_and_clipping_are_those_of_the_layer(policy, clip, padding):
     flow = gradient_flow(model, x, y, loss=MSE, loss_steps=T)
     flow = flow["rnn"]
     free = shares(steps=None, mask=mask)
-    np.testing.assert_allclose(flow.free_lag_norms, free, rtol=1e-9)
+    np.testing.assert_allclose(flow.untruncated_lag_shares, free, rtol=1e-9)
     own = shares(adjoint_clipnorm=clip, **kept)
-    np.testing.assert_allclose(flow.lag_norms, own, rtol=1e-8, atol=1e-300)
+    np.testing.assert_allclose(flow.lag_shares, own, rtol=1e-8, atol=1e-300)
     assert np.max(np.abs(own - free)) > 0.1
-    assert flow.lag_norms[-1] == 0 < flow.free_lag_norms[-1]
+    assert flow.lag_shares[-1] == 0 < flow.untruncated_lag_shares[-1]
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "softplus"])
@@ -280,7 +280,7 @@ def test_calls_of_a_shared_layer_are_further_examples():
     np.testing.assert_allclose(flow.adjoint_norms[B:], expected.adjoint_norms)
     assert np.all(np.isnan(flow.adjoint_norms[:B, :4]))
     assert not np.any(np.isnan(flow.adjoint_norms[:B, 4:]))
-    assert len(flow.lag_norms) == T
+    assert len(flow.lag_shares) == T
 
 
 @without_graphs()
@@ -313,7 +313,7 @@ def test_an_output_layer_of_the_layer_sends_its_cotangents():
     behind.set_weights(own.get_weights())
     x, y = data(T, 2)
     flows = [gradient_flow(model, x, y, loss=MSE)["rnn"] for model in (own, behind)]
-    for name in ("adjoint_norms", "delta_norms", "lag_norms"):
+    for name in ("adjoint_norms", "delta_norms", "lag_shares"):
         ours, theirs = (getattr(flow, name) for flow in flows)
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
@@ -392,8 +392,8 @@ def test_the_model_stays_as_it_is():
     again = gradient_flow(model, x, y, training=True)["rnn"]
     np.testing.assert_array_equal(flow.adjoint_norms, again.adjoint_norms)
     # Dropout and random cuts are there.
-    assert np.any(flow.lag_norms != flow.free_lag_norms)
-    assert gradient_flow(model, x, y)["rnn"].lag_norms[1] > 0
+    assert np.any(flow.lag_shares != flow.untruncated_lag_shares)
+    assert gradient_flow(model, x, y)["rnn"].lag_shares[1] > 0
 
 
 @without_graphs()

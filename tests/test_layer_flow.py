@@ -33,8 +33,8 @@ def flow_of(shares, **given):
         "adjoint_clipnorm": None,
         "adjoint_norms": norms,
         "delta_norms": norms / 2,
-        "lag_norms": shares,
-        "free_lag_norms": shares,
+        "lag_shares": shares,
+        "untruncated_lag_shares": shares,
         "last_step_only": False,
         "singular_values": np.linspace(1.2, 0.1, UNITS),
         "spectral_radius": 1.0,
@@ -130,7 +130,7 @@ def test_the_suggestion_grows_beyond_a_window_that_is_too_short():
         model = keras.Sequential([keras.Input((T, 3)), layer])
         flow = gradient_flow(model, x, y, loss="mse")["rnn"]
         if truncation is not None:
-            assert np.count_nonzero(flow.lag_norms) == flow.truncation.steps
+            assert np.count_nonzero(flow.lag_shares) == flow.truncation.steps
         suggestions.append(flow.suggest_truncation(0.05))
     assert suggestions == [14, 14, 14]  # 0.8^14 = 0.044
 
@@ -299,7 +299,7 @@ def test_it_is_plain_json(name):
     assert np.shape(read["adjoint_norms"]) == flow.adjoint_norms.shape
     if name == "truncated":
         assert read["truncation"] == {"steps": 5, "stride": 3}
-        np.testing.assert_allclose(read["lag_norms"], flow.lag_norms)
+        np.testing.assert_allclose(read["lag_shares"], flow.lag_shares)
         assert read["suggested_truncation"] == flow.suggest_truncation()
 
 
@@ -359,7 +359,9 @@ def test_a_figure_has_its_curves(name):
     if name == "vanishing":
         assert over_time.get_yscale() == by_lag.get_yscale() == "log"
         np.testing.assert_allclose(over_time.lines[0].get_ydata(), flow.mean_adjoint)
-        np.testing.assert_allclose(by_lag.lines[0].get_ydata(), flow.free_lag_norms)
+        np.testing.assert_allclose(
+            by_lag.lines[0].get_ydata(), flow.untruncated_lag_shares
+        )
         window = by_lag.lines[-1].get_xdata()[0] + 1
         assert window == flow.suggest_truncation()
         np.testing.assert_allclose(values.lines[0].get_ydata(), flow.singular_values)

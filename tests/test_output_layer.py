@@ -2,13 +2,11 @@
 
 Without options it is compared with the NumPy reference; with masks, dropout and the other
 options with automatic differentiation of the equations, written out step by step below;
-truncated with the brute force of `truncated_reference`. Last, terms of the backward pass
-are broken one at a time, and the checks must fail. `test_output_layer_of_layer.py` has the
-layer.
+truncated with the brute force of `truncated_reference`. `test_breaks.py` shows that the
+checks can fail. `test_output_layer_of_layer.py` has the layer.
 """
 
 import itertools
-import types
 from typing import NamedTuple
 from unittest import mock
 
@@ -16,25 +14,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import MODULES
 from helpers import FLOAT64, MODES, WAYS, few, relative_error, rng
-from mutation import mutation_tests
 
 import keras_bptt.cells.activations
 import keras_bptt.engine.blocks
+import keras_bptt.engine.parts
 import keras_bptt.engine.recurrence
-import keras_bptt.engine.shards
-import keras_bptt.engine.truncated
 from keras_bptt import reference
 from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
-
-MODULES = types.SimpleNamespace(
-    activations=keras_bptt.activations,
-    blocks=keras_bptt.blocks,
-    recurrence=keras_bptt.recurrence,
-    shards=keras_bptt.shards,
-    truncated=keras_bptt.truncated,
-)
 
 # Batch, timesteps, features, units, outputs: all different, so that no transpose hides; but
 # for "square", where one would fit.
@@ -114,7 +103,7 @@ def bound(modules, activation="tanh", window=None, dtype="float64", **options):
         known = modules.recurrence.Constants(**constants)
         if window is None:
             return modules.recurrence.recurrence(static, known, **arguments)
-        return modules.truncated.truncated_recurrence(static, known, **arguments)
+        return modules.recurrence.recurrence(static, known, **arguments)
 
     return function
 
@@ -534,7 +523,7 @@ def test_all_options_in_graphs(activation, every, mode, unknown, zero):
 def check_shards(modules, mask=MASK, window=None, **options):
     """As large batches are computed on several cores."""
     parts = {"cores": lambda: 2, "LEAST_WORK": 1, "FEWEST_EXAMPLES": 1}
-    with mock.patch.multiple(modules.shards, **parts):
+    with mock.patch.multiple(modules.parts, **parts):
         if window is None:
             check_options(modules, mask=mask, dropout=True, jit_compile=True, **options)
         else:
@@ -549,10 +538,10 @@ def check_shards(modules, mask=MASK, window=None, **options):
     ),
 )
 def test_shards(masked, window, every, monkeypatch):
-    calls, original = [], keras_bptt.engine.fused.backward_of_shard
+    calls, original = [], keras_bptt.engine.backward.gradients_of_part
     monkeypatch.setattr(
-        keras_bptt.fused,
-        "backward_of_shard",
+        keras_bptt.engine.backward,
+        "gradients_of_part",
         lambda *args: calls.append(args) or original(*args),
     )
     mask = MASK if masked else None
@@ -819,7 +808,7 @@ def test_second_order_of_windows(every, window):
     check_second_order_of_windows(MODULES, window, every)
 
 
-# ---------------------------------------------------------------------- mutations
+# ------------------------------------------------ checks that test_breaks.py runs
 
 
 def check_plain(modules):
@@ -868,268 +857,3 @@ CHECKS = {
     "windows from checkpoints": check_windows_from_checkpoints,
     "second order": check_second_orders,
 }
-
-MUTATIONS = [
-    (
-        "plain",
-        "drop c",
-        "fused",
-        "[*outputs, project(h[0], V, c)]",
-        "[*outputs, project(h[0], V, None)]",
-    ),
-    (
-        "plain",
-        "e without V",
-        "fused",
-        "e, q = tf.tensordot(e, V, [[2], [1]]), to",
-        "e, q = tf.tensordot(e, V, [[2], [1]]) if V.shape[1] < 5 else e, to",
-    ),
-    (
-        "plain",
-        "transpose V",
-        "fused",
-        "tf.tensordot(e, V, [[2], [1]])",
-        "tf.tensordot(e, V, [[2], [int(V.shape[0] != V.shape[1])]])",
-    ),
-    (
-        "plain",
-        "shift h by one in dV",
-        "fused",
-        "sum_of_products(h, q)",
-        "sum_of_products(previous_states(h, first), q)",
-    ),
-    (
-        "plain",
-        "shift q by one in dV",
-        "fused",
-        "sum_of_products(h, q)",
-        "sum_of_products(h[1:], q[:-1])",
-    ),
-    (
-        "plain",
-        "e for q in dV",
-        "fused",
-        "first, h, r, inputs, q)\n        d_x",
-        "first, h, r, inputs, q if V.shape[1] < 5 else to_time_major(e))\n        d_x",
-    ),
-    (
-        "plain",
-        "delta for h in dV",
-        "fused",
-        "sum_of_products(h, q)",
-        "sum_of_products(delta, q)",
-    ),
-    (
-        "plain",
-        "forget the blocks before, in dV",
-        "fused",
-        'sums["V"] += sum_of_products(h, q)',
-        'sums["V"] = sum_of_products(h, q)',
-    ),
-    (
-        "plain",
-        "dc of the last step",
-        "fused",
-        "total(dy, [0, 1])",
-        "total(dy[:, -1], 0)",
-    ),
-    (
-        "plain",
-        "dc averaged over the batch",
-        "fused",
-        "total(dy, [0, 1])",
-        "total(tf.reduce_mean(dy, 0), 0)",
-    ),
-    (
-        "plain",
-        "forget ds",
-        "fused",
-        "walk(block, (ds, sums)",
-        "walk(block, (0 * ds, sums)",
-    ),
-    (
-        "plain",
-        "ds through V",
-        "fused",
-        "walk(block, (ds, sums)",
-        "walk(block, (ds @ tf.transpose(V) if V.shape[1] == 5 else ds, sums)",
-    ),
-    (
-        "plain",
-        "outputs for states",
-        "residuals",
-        "every_one and mask is None and V is None",
-        "every_one and mask is None and (V is None or V.shape[1] == 5)",
-    ),
-    (
-        "masks",
-        "drop c at hidden steps",
-        "masks",
-        "tf.where(seen, widened(h), widened(c))",
-        "where(seen, h)",
-    ),
-    (
-        "masks",
-        "show h V + c at hidden steps",
-        "masks",
-        "tf.where(seen, widened(h), widened(c))",
-        "h",
-    ),
-    (
-        "masks",
-        "cotangents of hidden outputs",
-        "fused",
-        "where(c_t, e), None",
-        "e, None",
-    ),
-    (
-        "masks",
-        "cotangents of hidden outputs, in dV alone",
-        "fused",
-        "[[2], [1]]), to_time_major(e)",
-        "[[2], [1]]), to_time_major(cut(cotangents, start, size))",
-    ),
-    (
-        "masks",
-        "dV of unmasked steps alone",
-        "fused",
-        "first, h, r, inputs, q)\n        d_x",
-        "first, h, r, inputs, where(tf.transpose(m)[:, :, None], q))\n        d_x",
-    ),
-    (
-        "masks",
-        "dc of outputs that are seen",
-        "fused",
-        "total(dy, [0, 1])",
-        "total(where(seen, dy), [0, 1])",
-    ),
-    (
-        "masks",
-        "r in dV",
-        "fused",
-        "sum_of_products(h, q)",
-        "sum_of_products(h if r is None else r * h, q)",
-    ),
-    (
-        "checkpoints",
-        "one checkpoint for all blocks",
-        "residuals",
-        "first = starts[place]",
-        "first = starts[0]",
-    ),
-    (
-        "checkpoints",
-        "the checkpoint of another block",
-        "residuals",
-        "first = starts[place]",
-        "first = starts[-1 - place]",
-    ),
-    (
-        "checkpoints",
-        "states computed again without r",
-        "residuals",
-        "valid, U, first, z, m, r",
-        "valid, U, first, z, m, None",
-    ),
-    (
-        "checkpoints",
-        "states computed again without the mask",
-        "residuals",
-        "valid, U, first, z, m, r",
-        "valid, U, first, z, None, r",
-    ),
-    (
-        "checkpoints",
-        "checkpoints after the blocks",
-        "blocks",
-        "outputs = [*outputs, carry[0]] if starts",
-        "outputs = [*outputs, new[0]] if starts",
-    ),
-    (
-        "shards",
-        "dV and dc of one part",
-        "fused",
-        "None if w is None else summed(parts, w.dtype)",
-        "None if w is None else summed(parts if w is W or w is U else parts[:1], w.dtype)",
-    ),
-    (
-        "windows",
-        "drop c at hidden steps",
-        "truncated",
-        "read_out(asked, mask, y, last, c)",
-        "read_out(asked, mask, y, last)",
-    ),
-    (
-        "windows",
-        "outputs in packed order",
-        "truncated",
-        "y = tf.cast(_gathered(options, widened(y), unpacking(mask)), y.dtype)",
-        "pass",
-    ),
-    (
-        "windows",
-        "outputs for states",
-        "truncated",
-        "h = None\n    if V is None and",
-        "h = None\n    if (V is None or V.shape[1] == 5) and",
-    ),
-    (
-        "windows from checkpoints",
-        "windows one step longer",
-        "sliding",
-        "age * k1 + done < k2",
-        "age * k1 + done <= k2",
-    ),
-    (
-        "windows from checkpoints",
-        "delta of the youngest window",
-        "sliding",
-        "return back, tf.cast(total(delta, 0), delta.dtype)",
-        "return back, delta[0]",
-    ),
-    (
-        "windows from checkpoints",
-        "windows that stay young",
-        "sliding",
-        "shifted(rows, 1)",
-        "rows",
-    ),
-    (
-        "windows from checkpoints",
-        "one window reaches h_0",
-        "fused",
-        "d_h_0 = tf.cast(total(d_h_0, 0), h_0.dtype)",
-        "d_h_0 = d_h_0[0]",
-    ),
-    (
-        "second order",
-        "no gradient by V",
-        "recurrence",
-        "shown = h if V is None else project(h, V, c)",
-        "shown = h if V is None else project(h, tf.stop_gradient(V), c)",
-    ),
-    (
-        "second order",
-        "no gradient by h",
-        "recurrence",
-        "shown = h if V is None else project(h, V, c)",
-        "shown = h if V is None else project(tf.stop_gradient(h), V, c)",
-    ),
-    (
-        "second order",
-        "hidden outputs shown",
-        "recurrence",
-        "read_out(options, mask, to_batch_major(shown), last, c)",
-        "(to_batch_major(shown), last)",
-    ),
-    (
-        "second order",
-        "windows without a gradient by V",
-        "truncated",
-        "return h if V is None else project(h, V, c)",
-        "return h if V is None else project(h, tf.stop_gradient(V), c)",
-    ),
-]
-
-
-test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import MODULES, Constants, arguments_of
 from helpers import (
     FLOAT64,
     MIXED_MASK,
@@ -20,11 +21,10 @@ from helpers import (
     rng,
     without_graphs,
 )
-from mutation import mutation_tests
 
-from keras_bptt.cells import activations
-from keras_bptt.engine import recurrence
-from keras_bptt.flow import probe
+from keras_bptt.engine.recurrence import recurrence
+from keras_bptt.flow.measurement import linearised
+from keras_bptt.layers.observing import observed, observed_or
 from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
 
@@ -48,10 +48,11 @@ def by_probe(modules, options, constants=None, V=None):
     """delta and a of the probe, float64."""
     (x, W, U, b, h_0), cotangents = problem()
     V = None if V is None else tf.constant(V)
-    arguments = [tf.constant(t) for t in (x, W, U, h_0, b)] + [V, None]
+    arguments = arguments_of(*map(tf.constant, (x, W, U, h_0, b)), V)
     constants = constants or modules.recurrence.Constants()
-    _, back = modules.probe.linearised(options, constants, *arguments)
-    delta, a = back(*map(tf.constant, cotangents))
+    _, back = linearised(options, constants, arguments)
+    dy, ds = map(tf.constant, cotangents)
+    (delta,), (a,) = back((dy, (ds,)))
     return delta.numpy(), a.numpy()
 
 
@@ -92,12 +93,6 @@ def options_of(modules, f="tanh", policy=None, **given):
     )
 
 
-class here:
-    """The modules as they are."""
-
-    activations, probe, recurrence = activations, probe, recurrence
-
-
 CASES = list(
     itertools.product(
         ["tanh", "linear"],
@@ -132,16 +127,18 @@ def test_equals_the_reference_path_by_path(
     policy = POLICIES[policy]
     mask = None if mask == "all" else MIXED_MASK
     options = options_of(
-        here,
+        MODULES,
         f,
         policy,
         adjoint_clipnorm=clip,
         go_backwards=backwards,
         checkpoint_every=checkpoints,
     )
-    constants = recurrence.Constants(None if mask is None else tf.constant(mask))
+    constants = Constants(None if mask is None else tf.constant(mask))
     expected = by_path(f, policy, mask, clip=clip, backwards=backwards)
-    for ours, theirs in zip(by_probe(here, options, constants), expected, strict=True):
+    for ours, theirs in zip(
+        by_probe(MODULES, options, constants), expected, strict=True
+    ):
         assert np.max(np.abs(theirs)) > 0.5
         np.testing.assert_allclose(ours, theirs, atol=FLOAT64)
 
@@ -151,10 +148,8 @@ def test_equals_the_reference_with_dropout_and_random_cuts():
     r = 1.25 * (random.random((B, H)) < 0.8)
     factors = 2.0 * (random.random((B, T)) < 0.5)
     mask = MIXED_MASK
-    constants = recurrence.Constants(
-        tf.constant(mask), None, tf.constant(r), tf.constant(factors)
-    )
-    ours = by_probe(here, options_of(here), constants)
+    constants = Constants(tf.constant(mask), None, tf.constant(r), tf.constant(factors))
+    ours = by_probe(MODULES, options_of(MODULES), constants)
     expected = by_path("tanh", None, mask, r, factors)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=FLOAT64)
@@ -163,15 +158,17 @@ def test_equals_the_reference_with_dropout_and_random_cuts():
 def test_dropout_of_the_inputs_leaves_the_probe_alone():
     d = tf.constant(rng(6).random((B, D)))
     (x, *_), _ = problem()
-    ours = by_probe(here, options_of(here), recurrence.Constants(d=d))
-    undropped = by_probe(here, options_of(here))
+    ours = by_probe(MODULES, options_of(MODULES), Constants(d=d))
+    undropped = by_probe(MODULES, options_of(MODULES))
     assert np.max(np.abs(ours[0] - undropped[0])) > 1e-3
     # As if the inputs had been what dropout leaves of them.
     (x, W, U, b, h_0), cotangents = problem()
-    arguments = [tf.constant(t) for t in (x * d.numpy()[:, None], W, U, h_0, b)]
-    _, back = probe.linearised(options_of(here), recurrence.Constants(), *arguments)
-    for a, b in zip(ours, back(*map(tf.constant, cotangents)), strict=True):
-        np.testing.assert_allclose(a, b, atol=FLOAT64)
+    tensors = map(tf.constant, (x * d.numpy()[:, None], W, U, h_0, b))
+    _, back = linearised(options_of(MODULES), Constants(), arguments_of(*tensors))
+    dy, ds = map(tf.constant, cotangents)
+    (delta,), (a,) = back((dy, (ds,)))
+    for got, want in zip(ours, (delta, a), strict=True):
+        np.testing.assert_allclose(got, want, atol=FLOAT64)
 
 
 @pytest.mark.parametrize("f", ["softmax", "swish", "relu"])
@@ -193,27 +190,25 @@ def test_equals_a_tape_over_single_steps(f, output):
         loss += tf.reduce_sum(h * ds)
     expected = [tf.stack(g, 1) for g in tape.gradient(loss, [z, states])]
     for ours, theirs in zip(
-        by_probe(here, options_of(here, f), V=V), expected, strict=True
+        by_probe(MODULES, options_of(MODULES, f), V=V), expected, strict=True
     ):
         assert np.max(np.abs(theirs)) > 0.5
         np.testing.assert_allclose(ours, theirs, atol=FLOAT64)
 
 
 @in_modes("eager", "xla")
-def test_the_outputs_are_those_without_the_probe(mode):
+def test_the_outputs_are_those_of_the_unobserved_recurrence(mode):
     (x, W, U, b, h_0), _ = problem()
-    options = options_of(here, policy=Truncation(2))
-    arguments = [tf.constant(t) for t in (x, W, U, h_0, b)]
-    constants = recurrence.Constants(tf.constant(MIXED_MASK))
-    expected = probe.truncated_recurrence(options, constants, *arguments)
+    options = options_of(MODULES, policy=Truncation(2))
+    arguments = arguments_of(*map(tf.constant, (x, W, U, h_0, b)))
+    constants = Constants(tf.constant(MIXED_MASK))
+    expected = recurrence(options, constants, arguments)
 
-    def probed(zeros, *arguments):
-        return probe.probed_recurrence(options, constants, zeros, *arguments)
+    def observed_outputs(arguments):
+        return linearised(options, constants, arguments)[0]
 
-    zeros = probe.zeros_of(arguments[0], arguments[2])
-    for ours, theirs in zip(
-        MODES[mode](probed)(zeros, *arguments), expected, strict=True
-    ):
+    got = MODES[mode](observed_outputs)(arguments)
+    for ours, theirs in zip(*map(tf.nest.flatten, (got, expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-13)
 
 
@@ -222,18 +217,18 @@ def test_only_what_is_called_within_is_observed():
 
     def observer(layer, *arguments):
         seen.append(layer)
-        return probe.truncated_recurrence(*arguments)
+        return recurrence(*arguments)
 
     (x, W, U, b, h_0), _ = problem()
-    arguments = [tf.constant(t) for t in (x, W, U, h_0, b)]
-    call = (options_of(here), recurrence.Constants(), *arguments)
-    with probe.observed(observer):
-        probe.recurrence_of("within", *call)
-        with pytest.raises(ZeroDivisionError), probe.observed(None):
-            probe.recurrence_of("without", *call)
+    arguments = arguments_of(*map(tf.constant, (x, W, U, h_0, b)))
+    call = options_of(MODULES), Constants(), arguments
+    with observed(observer):
+        observed_or(recurrence, "within")(*call)
+        with pytest.raises(ZeroDivisionError), observed(None):
+            observed_or(recurrence, "without")(*call)
             raise ZeroDivisionError
-        probe.recurrence_of("within again", *call)
-    probe.recurrence_of("after", *call)
+        observed_or(recurrence, "within again")(*call)
+    observed_or(recurrence, "after")(*call)
     assert seen == ["within", "within again"]
 
 
@@ -252,47 +247,3 @@ def check(modules):
     expected += by_path("sigmoid", None)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=FLOAT64)
-
-
-MUTATIONS = [
-    (
-        "probe",
-        "clip at the norm of one half",
-        "probe",
-        "math.sqrt(2) * options",
-        "options",
-    ),
-    (
-        "probe",
-        "the second half goes nowhere",
-        "probe",
-        "tf.concat([U, U], 0)",
-        "tf.concat([U, 0 * U], 0)",
-    ),
-    (
-        "probe",
-        "recurrent dropout of one half",
-        "probe",
-        "tf.concat([r, r]",
-        "tf.concat([r, 0 * r]",
-    ),
-    (
-        "probe",
-        "not reversed",
-        "probe",
-        "if options.go_backwards else gradient",
-        "if False else gradient",
-    ),
-    ("probe", "the second half not linear", "probe", ", ones(z[", ", function(z["),
-    (
-        "probe",
-        "the output reads one half",
-        "probe",
-        "tf.concat([V, V], 0)",
-        "tf.concat([V, 0 * V], 0)",
-    ),
-]
-
-test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(
-    {"probe": check}, MUTATIONS
-)

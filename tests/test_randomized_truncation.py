@@ -24,8 +24,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_bptt.layers.bptt_rnn
 from keras_bptt import BPTTRNN, RandomizedTruncation
-from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.layers.calls import drawn_factors
+from keras_bptt.reference import truncation as truncated_reference
 
 T = 5
 STATE = random_inputs(B, H, seed=5)

@@ -2,12 +2,11 @@
 
 Without options it is compared with the NumPy reference; with masks, dropout and the other
 options with automatic differentiation of the equations, written out step by step below.
-Last, terms of the backward pass are broken one at a time, and the checks must fail.
+`test_breaks.py` shows that the checks can fail.
 """
 
 import functools
 import itertools
-import types
 from typing import NamedTuple
 from unittest import mock
 
@@ -15,6 +14,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import MODULES
 from helpers import (
     MODES,
     WAYS,
@@ -22,21 +22,9 @@ from helpers import (
     in_modes,
     relative_error,
     rng,
-    without_graphs,
 )
-from mutation import assert_caught, copy_of_modules
 
-import keras_bptt.cells.activations
-import keras_bptt.engine.blocks
-import keras_bptt.engine.recurrence
 from keras_bptt import reference
-
-# What a check takes: the modules, or copies of them of which one is broken.
-MODULES = types.SimpleNamespace(
-    activations=keras_bptt.activations,
-    blocks=keras_bptt.blocks,
-    recurrence=keras_bptt.recurrence,
-)
 
 # Batch, timesteps, features and units: all different, so that no transpose hides.
 SHAPES = {
@@ -401,7 +389,7 @@ def problem_of_options(shape, activation, return_sequences):
 
 @functools.cache
 def unrolled_results(activation, masks, dropout, shape, options):
-    """What `evaluate` gives, of the equations: several mutations are compared with it."""
+    """What `evaluate` gives, of the equations: several checks are compared with it."""
     options = dict(options)
     constants = random_constants(shape, masks, dropout)
     function = getattr(keras.activations, activation)
@@ -607,7 +595,7 @@ def test_second_order_with_nan_at_masked_steps():
     check_second_order(MODULES, "tanh", nan=True, return_sequences=True)
 
 
-# ---------------------------------------------------------------------- mutations
+# ------------------------------------------------ checks that test_breaks.py runs
 
 
 def check_everything(modules):
@@ -634,274 +622,6 @@ def check_everything(modules):
         )
 
 
-# Name, module, text and what it reads when broken: of the backward pass, but for the few
-# terms that both passes share.
-MUTATIONS = [
-    (
-        "drop delta U^T",
-        "passes",
-        "back = tf.matmul(delta, U_T)",
-        "back = tf.zeros_like(delta)",
-    ),
-    (
-        "transpose U",
-        "passes",
-        "options.adjoint_clipnorm, tf.transpose(U)",
-        "options.adjoint_clipnorm, U",
-    ),
-    (
-        "slope of the adjoint",
-        "passes",
-        "f.vjp_at_output(h, inward)",
-        "f.vjp_at_output(a, inward)",
-    ),
-    ("Jacobian at the adjoint", "passes", "f.vjp(z, inward)", "f.vjp(a, inward)"),
-    (
-        "slope of the state before",
-        "fused",
-        "h_z = (h, None)",
-        "h_z = (previous_states(h, first), None)",
-    ),
-    (
-        "shift h by one",
-        "fused",
-        "sum_of_products(before[1], delta[1:])",
-        "sum_of_products(before[1], delta[:-1])",
-    ),
-    (
-        "h_0 is zero",
-        "residuals",
-        "first = h_0 if start == 0",
-        "first = 0 * h_0 if start == 0",
-    ),
-    (
-        "drop r in dU",
-        "fused",
-        "s if r is None else r * s",
-        "s",
-    ),
-    (
-        "drop r in the adjoint",
-        "passes",
-        "back = back if r is None else r * back",
-        "",
-    ),
-    (
-        "drop the adjoint's way past masked steps",
-        "passes",
-        "tf.where(m, back, a)",
-        "back",
-    ),
-    ("delta at masked steps", "passes", "inward = where(m, a if", "inward = (a if"),
-    (
-        "forget ds beside a sequence",
-        "fused",
-        "walk(block, (ds, sums)",
-        "walk(block, (0 * ds if options.return_sequences else ds, sums)",
-    ),
-    (
-        "forget ds beside the last output",
-        "fused",
-        "ds, dy = ds + where(",
-        "ds, dy = where(",
-    ),
-    (
-        "show the last output of rows without a step",
-        "fused",
-        "where(None if seen is None else seen[:, -1], dy)",
-        "dy",
-    ),
-    (
-        "cotangents of hidden outputs",
-        "fused",
-        "where(c_t, e), None",
-        "e, None",
-    ),
-    (
-        "forget d in dW",
-        "fused",
-        "where(unmasked, dropped(d, cut(x, start, size)))",
-        "where(unmasked, cut(x, start, size))",
-    ),
-    (
-        "NaN of masked steps in dW",
-        "fused",
-        "where(unmasked, dropped(d, cut(x, start, size)))",
-        "dropped(d, cut(x, start, size))",
-    ),
-    (
-        "forget d in dx",
-        "fused",
-        "d_x if d is None else d * d_x",
-        "d_x",
-    ),
-    (
-        "dx in processing order",
-        "fused",
-        "tf.reverse(d_x, [1]) if options.go_backwards else d_x",
-        "d_x",
-    ),
-    (
-        "mask in given order",
-        "masks",
-        "mask if mask is None else tf.reverse(mask, [1])",
-        "mask",
-    ),
-    (
-        "inputs in given order",
-        "masks",
-        "return tf.reverse(x, [1]), mask",
-        "return x, mask",
-    ),
-    (
-        "forget b in z",
-        "fused",
-        "z = project(inputs(), W, b)",
-        "z = project(inputs(), W, None)",
-    ),
-    (
-        "forget h U in z",
-        "fused",
-        "z += tf.tensordot(previous_states(h, first, r), U, 1)",
-        "",
-    ),
-    (
-        "db of the last step",
-        "fused",
-        "total(delta, [0, 1])",
-        "total(delta[-1], 0)",
-    ),
-    (
-        "zero_output_for_mask of the last output",
-        "masks",
-        "if mask is None or options.zero_output_for_mask:",
-        "if mask is None:",
-    ),
-    (
-        "show the state at leading masked steps",
-        "masks",
-        "(steps >= first) & tf.reduce_any(mask, 1, keepdims=True)",
-        "(steps >= 0) & tf.reduce_any(mask, 1, keepdims=True)",
-    ),
-    (
-        "show the state of rows without a step",
-        "masks",
-        "(steps >= first) & tf.reduce_any(mask, 1, keepdims=True)",
-        "steps >= first",
-    ),
-    (
-        "h_{t-1} without r, forward",
-        "scans",
-        "h if r is None else r * h, U",
-        "h, U",
-    ),
-    (
-        "masked steps overwrite h, forward",
-        "scans",
-        "h = new if m is None else tf.where(m, new, h)",
-        "h = new",
-    ),
-    (
-        "forget the state before a block",
-        "residuals",
-        "first = h_0 if start == 0 else states_of(start - 1, 1)[0]",
-        "first = h_0",
-    ),
-    (
-        "forget the blocks before, in dU",
-        "fused",
-        'sums["U"] += sum_of_products(before[0], delta[:1])',
-        'sums["U"] = sum_of_products(before[0], delta[:1])',
-    ),
-    (
-        "forget the blocks before, in dW",
-        "fused",
-        'sums["W"] += sum_of_products(inputs(), delta)',
-        'sums["W"] = sum_of_products(inputs(), delta)',
-    ),
-    (
-        "blocks in the wrong order",
-        "blocks",
-        "reversed(range(count)) if reverse else range(count)",
-        "range(count)",
-    ),
-    (
-        "blocks in the wrong order, in a loop",
-        "blocks",
-        "j = count - 1 - i if reverse else i",
-        "j = i",
-    ),
-    (
-        "run the steps that pad the last block",
-        "blocks",
-        "valid = None if blocks.whole else tf.minimum(size, steps - j * size)",
-        "valid = None",
-    ),
-    (
-        "steps of an iteration in the wrong order",
-        "loops",
-        "back = steps - 1 - i - k if valid is None",
-        "back = steps - number - i + k if valid is None",
-    ),
-    (
-        "f' of tanh",
-        "activations",
-        '"tanh": lambda h: 1 - h * h',
-        '"tanh": lambda h: 1 - h',
-    ),
-]
-
-
-def test_checks_pass_on_copies():
-    """The control of the mutations: a copy that nothing is changed in passes."""
-    with without_graphs():
-        check_everything(copy_of_modules())
-
-
-@pytest.mark.parametrize(
-    "module, old, new", [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS]
-)
-def test_mutation_is_caught(module, old, new):
-    assert_caught(check_everything, module, old, new)
-
-
-# Of the composed form, which only derivatives of second and higher order use.
-SECOND_ORDER_MUTATIONS = [
-    (
-        "before is not shifted",
-        "scans",
-        "tf.where(first, h_0, tf.roll(h, 1, 0))",
-        "tf.where(first, h_0, tf.roll(h, -1, 0))",
-    ),
-    (
-        "states of a later order without r",
-        "recurrence",
-        "h = states(options.states, z, U, h_0, m, constants.r, xi)",
-        "h = states(options.states, z, U, h_0, m, None, xi)",
-    ),
-    (
-        "no gradient by h_0",
-        "recurrence",
-        "states(options.states, z, U, h_0, m, constants.r, xi)",
-        "states(options.states, z, U, tf.stop_gradient(h_0), m, constants.r, xi)",
-    ),
-]
-
-
 def check_second_orders(modules):
     for return_sequences in (True, False):
         check_second_order(modules, "tanh", return_sequences=return_sequences)
-
-
-def test_second_order_passes_on_copies():
-    with without_graphs():
-        check_second_orders(copy_of_modules())
-
-
-@pytest.mark.parametrize(
-    "module, old, new",
-    [m[1:] for m in SECOND_ORDER_MUTATIONS],
-    ids=[m[0] for m in SECOND_ORDER_MUTATIONS],
-)
-def test_second_order_mutation_is_caught(module, old, new):
-    assert_caught(check_second_orders, module, old, new)

@@ -1,7 +1,7 @@
 """Checkpoints with a truncation: windows that go back through time side by side.
 
 Against the brute force of `truncated_reference`, as `test_truncated.py` compares the pass
-that takes all windows back at once. Last, terms are broken one at a time.
+that takes all windows back at once. `test_breaks.py` shows that the checks can fail.
 """
 
 import functools
@@ -12,8 +12,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import each
 from helpers import rng, without_graphs
-from mutation import each, mutation_tests
 from test_truncated import (
     FLOAT32,
     MASKS,
@@ -34,9 +34,10 @@ from test_truncated import (
     unrolled,
 )
 
-import keras_bptt.engine.fused
-import keras_bptt.engine.shards
-import keras_bptt.engine.sliding
+import keras_bptt.engine.backward
+import keras_bptt.engine.parts
+import keras_bptt.engine.windows
+from keras_bptt.engine.clipping import Arriving
 from keras_bptt.truncation import Truncation
 
 
@@ -229,14 +230,14 @@ def test_a_window_of_all_steps_is_full_backpropagation(window):
     ),
 )
 def test_parts_of_the_batch(monkeypatch, window, mask):
-    monkeypatch.setattr(keras_bptt.shards, "cores", lambda: 2)
-    monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
-    monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "cores", lambda: 2)
+    monkeypatch.setattr(keras_bptt.engine.parts, "LEAST_WORK", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "FEWEST_EXAMPLES", 1)
     calls = []
-    original = keras_bptt.engine.fused.backward_of_shard
+    original = keras_bptt.engine.backward.gradients_of_part
     monkeypatch.setattr(
-        keras_bptt.fused,
-        "backward_of_shard",
+        keras_bptt.engine.backward,
+        "gradients_of_part",
         lambda *args: calls.append(args) or original(*args),
     )
     mask = MASKS[mask]
@@ -310,12 +311,13 @@ def test_rows_are_as_many_as_windows_hold_a_step():
     for (steps, stride), rows in zip(
         [(3, 3), (3, 1), (5, 2), (4, 2), (9, 2)], [1, 3, 3, 2, 5], strict=True
     ):
-        ds = tf.ones([B, H])
-        shape = keras_bptt.engine.sliding.rows_of(Truncation(steps, stride), ds).shape
-        assert shape == (rows, B, H)
+        ds = Arriving((tf.ones([B, H]),))
+        truncation = Truncation(steps, stride)
+        (of_windows,) = keras_bptt.engine.windows.rows_of(truncation, ds).adjoints
+        assert of_windows.shape == (rows * B, H)
 
 
-# ------------------------------------------------------------------------------- mutations
+# --------------------------------------------------------- checks that test_breaks.py runs
 
 
 def first(window, mask, every=4, **more):
@@ -347,206 +349,3 @@ CHECKS = {
     ),
     "in a loop": in_a_loop,
 }
-
-
-MUTATIONS = [
-    (
-        "overlapping",
-        "windows that stay in their blocks",
-        "sliding",
-        "shifted(rows, 1)",
-        "rows",
-    ),
-    (
-        "whole levels",
-        "the oldest window begins anew",
-        "sliding",
-        "shifted(rows, 1)",
-        "tf.roll(rows, 1, 0)",
-    ),
-    (
-        "overlapping",
-        "windows that become younger",
-        "sliding",
-        "shifted(rows, 1)",
-        "shifted(rows, -1)",
-    ),
-    (
-        "chunks",
-        "what comes back to the last step is of the block behind",
-        "sliding",
-        "tf.equal(done, 0) & (later > 0)",
-        "tf.equal(done, 0)",
-    ),
-    (
-        "overlapping",
-        "blocks from the start",
-        "sliding",
-        "block, done = later // k1, later % k1",
-        "block, done = later // k1, (later + 1) % k1",
-    ),
-    (
-        "overlapping",
-        "a window one step long",
-        "sliding",
-        "age * k1 + done < k2",
-        "age * k1 + done <= k2",
-    ),
-    (
-        "overlapping",
-        "a window one step short",
-        "sliding",
-        "age * k1 + done < k2",
-        "age * k1 + done < k2 - 1",
-    ),
-    (
-        "overlapping",
-        "windows without an end",
-        "sliding",
-        "new = where(age * k1 + done < k2, new)",
-        "",
-    ),
-    (
-        "whole levels",
-        "a window too few",
-        "sliding",
-        "(truncation.steps - 1) // truncation.stride + 1",
-        "(truncation.steps - 1) // truncation.stride",
-    ),
-    (
-        "chunks",
-        "windows that grow older at masked steps",
-        "sliding",
-        "rows = new if m is None else tf.where(m, new, rows)",
-        "rows = new",
-    ),
-    (
-        "overlapping",
-        "delta at masked steps",
-        "sliding",
-        "None, each(m), None)",
-        "None, None, None)",
-    ),
-    (
-        "overlapping",
-        "losses in every window",
-        "sliding",
-        "rows += where(tf.equal(age, entry), e)",
-        "rows += e",
-    ),
-    (
-        "overlapping",
-        "losses in the next older window",
-        "sliding",
-        "tf.equal(age, entry)",
-        "tf.equal(age, entry + 1)",
-    ),
-    (
-        "overlapping",
-        "delta of the youngest window alone",
-        "sliding",
-        "return back, tf.cast(total(delta, 0), delta.dtype)",
-        "return back, delta[0]",
-    ),
-    (
-        "overlapping",
-        "what comes back, in the oldest window",
-        "sliding",
-        "_windows(truncation) - 1, 1)",
-        "_windows(truncation) - 1, 0)",
-    ),
-    (
-        "overlapping",
-        "every step is a block's first",
-        "sliding",
-        "*batch_major_at(t, e, mask), last - t",
-        "*batch_major_at(t, e, mask), last",
-    ),
-    (
-        "overlapping",
-        "steps counted from the end of a checkpoint's block",
-        "fused",
-        "tf.convert_to_tensor(blocks.steps - 1 - start)",
-        "tf.convert_to_tensor(size - 1)",
-    ),
-    (
-        "overlapping",
-        "one window reaches h_0",
-        "fused",
-        "d_h_0 = tf.cast(total(d_h_0, 0), h_0.dtype)",
-        "d_h_0 = d_h_0[0]",
-    ),
-    (
-        "clipped",
-        "several windows of one that holds all",
-        "sliding",
-        "entry = tf.where(real <= k2, block, 0)",
-        "entry = 0",
-    ),
-    (
-        "clipped",
-        "one window only where it is longer",
-        "sliding",
-        "tf.where(real <= k2, block, 0)",
-        "tf.where(real < k2, block, 0)",
-    ),
-    (
-        "clipped",
-        "one window of the losses of several",
-        "sliding",
-        "tf.where(real <= k2, block, 0)",
-        "tf.where(real <= k2 + 1, block, 0)",
-    ),
-    (
-        "clipped",
-        "masked steps counted",
-        "fused",
-        "size_of(x, 1) - masked_steps(mask)",
-        "size_of(x, 1) - 0 * masked_steps(mask)",
-    ),
-    (
-        "clipped",
-        "clip the sum of the windows",
-        "scans",
-        "tf.norm(ratio, axis=-1, keepdims=True)",
-        "tf.norm(ratio)",
-    ),
-    (
-        "dropout",
-        "factors of another example",
-        "sliding",
-        "tf.tile(r, [number, 1])",
-        "tf.repeat(r, number, axis=0)",
-    ),
-    (
-        "dropout",
-        "states of another example",
-        "sliding",
-        "return t if t is None else tf.tile(t, [number, 1])",
-        "return t if t is None else tf.repeat(t, number, axis=0)",
-    ),
-    (
-        "dropout",
-        "without r on the way back",
-        "sliding",
-        "None if r is None else tf.tile(r, [number, 1])",
-        "None",
-    ),
-    (
-        "in a loop",
-        "blocks in the wrong order",
-        "blocks",
-        "j = count - 1 - i if reverse else i",
-        "j = i",
-    ),
-    (
-        "in a loop",
-        "run the steps that pad the last block",
-        "sliding",
-        "valid=valid,",
-        "valid=None,",
-    ),
-]
-
-
-test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)

@@ -1,18 +1,18 @@
 """Truncated recurrences against the brute force of `truncated_reference`.
 
 Float64 to 1e-10 over windows, masks and options; what a window is not allowed to change;
-derivatives of second order; and terms broken one at a time.
+derivatives of second order. `test_breaks.py` shows that the checks can fail.
 """
 
 import functools
 import itertools
 import re
-import types
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from engine import MODULES, arguments_of, each
 from helpers import (
     FLOAT64,
     MODES,
@@ -23,23 +23,16 @@ from helpers import (
     rng,
     without_graphs,
 )
-from mutation import each, mutation_tests
 
 import keras_bptt.cells.activations
+import keras_bptt.engine.parts
 import keras_bptt.engine.recurrence
-import keras_bptt.engine.shards
-import keras_bptt.engine.truncated
 from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
 
 # All different. Blocks of 2, 3 and 4 steps: T is a multiple of none of them but one.
 B, T, D, H = 5, 9, 2, 3
 
-MODULES = types.SimpleNamespace(
-    activations=keras_bptt.activations,
-    recurrence=keras_bptt.recurrence,
-    truncated=keras_bptt.truncated,
-)
 # Chunks that fit and do not, sliding, overlapping in whole and broken blocks, all paths.
 WINDOWS = [
     (1, 1),
@@ -110,7 +103,7 @@ def function_of(window, modules=MODULES, activation="tanh", constants=None, **op
 
     def function(*arguments):
         known = modules.recurrence.Constants(**(constants or {}))
-        return modules.truncated.truncated_recurrence(options, known, *arguments)
+        return modules.recurrence.recurrence(options, known, *arguments)
 
     return function
 
@@ -169,7 +162,7 @@ def constants_of(mask):
     return {"mask": None if mask is None else tf.constant(mask)}
 
 
-# Once each: several mutations are compared with the same numbers.
+# Once each: several checks are compared with the same numbers.
 @functools.cache
 def expected_of(window, mask, sequence, zero, clip):
     mask = MASKS[mask]
@@ -294,9 +287,9 @@ def test_clipped(mask, mode):
 )
 def test_parts_of_the_batch(monkeypatch, window, mask):
     """As large batches are computed on two cores; the factors of a draw are cut too."""
-    monkeypatch.setattr(keras_bptt.shards, "cores", lambda: 2)
-    monkeypatch.setattr(keras_bptt.shards, "LEAST_WORK", 1)
-    monkeypatch.setattr(keras_bptt.shards, "FEWEST_EXAMPLES", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "cores", lambda: 2)
+    monkeypatch.setattr(keras_bptt.engine.parts, "LEAST_WORK", 1)
+    monkeypatch.setattr(keras_bptt.engine.parts, "FEWEST_EXAMPLES", 1)
     mask, factors = MASKS[mask], rng(7).choice([0.0, 1.25], size=(B, T))
     problem = arrays(mask)
     constants = {"mask": None if mask is None else tf.constant(mask)}
@@ -304,10 +297,10 @@ def test_parts_of_the_batch(monkeypatch, window, mask):
     if window is None:
         constants["factors"], options = tf.constant(factors), {"factors": factors}
     calls = []
-    original = keras_bptt.engine.fused.backward_of_shard
+    original = keras_bptt.engine.backward.gradients_of_part
     monkeypatch.setattr(
-        keras_bptt.fused,
-        "backward_of_shard",
+        keras_bptt.engine.backward,
+        "gradients_of_part",
         lambda *args: calls.append(args) or original(*args),
     )
     function = function_of(
@@ -595,7 +588,7 @@ def recurrent_products(program):
 
 def backward_program(window, T, masked):
     """XLA's of the backward pass alone, from the states to the gradients."""
-    options = keras_bptt.engine.recurrence.Recurrence(
+    options = MODULES.recurrence.Recurrence(
         activation=keras_bptt.cells.activations.resolve(tf.tanh, H, "float32"),
         return_sequences=True,
         truncation=None if window is None else Truncation(*window),
@@ -608,13 +601,12 @@ def backward_program(window, T, masked):
 
     @tf.function(jit_compile=True)
     def backward(h, last, dy, ds, x, W, U, h_0, b, *mask):
-        constants = keras_bptt.engine.recurrence.Constants(*mask)
-        arguments = x, W, U, h_0, b, None, None
-        if window is None:
-            plain = keras_bptt.engine.fused.gradients
-            return plain(options, constants, (), h, (dy, ds), *arguments)
-        of = keras_bptt.engine.truncated.backward
-        return of(options, constants, (h, last), (), (dy, ds), *arguments)
+        constants = MODULES.recurrence.Constants(*mask)
+        arguments = arguments_of(x, W, U, h_0, b)
+        known = (h, (last,)), ((),), (dy, (ds,))
+        return keras_bptt.engine.backward.backward(
+            options, constants, *known, arguments
+        )
 
     return backward.experimental_get_compiler_ir(*tensors)(stage="optimized_hlo")
 
@@ -642,12 +634,12 @@ def test_full_backward_pass_is_as_long_as_the_sequence():
     assert recurrent_products(backward_program((32, 8), 20, False)) <= 32
 
 
-# ------------------------------------------------------------------------------- mutations
+# --------------------------------------------------------- checks that test_breaks.py runs
 
 
 @functools.cache
 def second_order_of_rows(window, mask, most):
-    """What every example has alone, added up: several mutations are compared with it."""
+    """What every example has alone, added up: several checks are compared with it."""
     mask = MASKS[mask]
     problem = arrays(mask)
     x, W, U, h_0, b, dy, ds = problem
@@ -777,353 +769,3 @@ CHECKS = {
         functools.partial(check_second_order_of_factors, most=0.7),
     ),
 }
-
-
-MUTATIONS = [
-    (
-        "chunks",
-        "blocks from the start",
-        "windows",
-        "place = k1 - missing",
-        "place = steps",
-    ),
-    (
-        "chunks",
-        "every block begins at h_0",
-        "windows",
-        "where(first <= before, a)",
-        "a",
-    ),
-    (
-        "chunks",
-        "the first block alone begins at h_0",
-        "windows",
-        "before = masked_steps(mask)",
-        "before = 0",
-    ),
-    (
-        "chunks",
-        "the first block filled at its beginning",
-        "windows",
-        "place = k1 - missing",
-        "place = 0",
-    ),
-    (
-        "chunks",
-        "outputs, not states, before the first real step",
-        "truncated",
-        "tf.where(visible(options, mask), y, h_0[:, None])",
-        "y",
-    ),
-    (
-        "chunks",
-        "ds at the first block",
-        "windows",
-        "filled(ds, (n - 1) * batch)",
-        "filled(ds, (n - 1) * batch, batch)",
-    ),
-    (
-        "chunks",
-        "real steps first",
-        "masks",
-        "tf.argsort(tf.cast(",
-        "tf.argsort(-tf.cast(",
-    ),
-    (
-        "chunks",
-        "outputs of the step before",
-        "masks",
-        "real_steps_up_to(mask) - 1",
-        "real_steps_up_to(mask) - 2",
-    ),
-    (
-        "chunks",
-        "dx of the steps that fill up",
-        "windows",
-        "tf.concat([delta[:place], delta[place + missing :]], 0)",
-        "delta[:steps]",
-    ),
-    (
-        "last output",
-        "a last window one step short",
-        "truncated",
-        "cut = size_of(x, 1) - options.truncation.steps",
-        "cut = size_of(x, 1) - options.truncation.steps + 1",
-    ),
-    (
-        "last output",
-        "a last window that always begins at h_0",
-        "truncated",
-        "tf.where(at_h_0, h_0, cut_off(state))",
-        "h_0",
-    ),
-    (
-        "last output",
-        "a last window that never begins at h_0",
-        "truncated",
-        "tf.where(at_h_0, h_0, cut",
-        "tf.where(tf.zeros_like(at_h_0), h_0, cut",
-    ),
-    (
-        "dropout",
-        "factors of another example",
-        "windows",
-        "r if r is None else tf.tile(r, [n, 1])",
-        "r if r is None else tf.repeat(r, n, axis=0)",
-    ),
-    (
-        "whole levels",
-        "a level too many",
-        "windows",
-        "(k2 - 1) // k1 + 1",
-        "k2 // k1 + 1",
-    ),
-    (
-        "overlapping",
-        "a last level one step long",
-        "windows",
-        "(k2 - 1) % k1 + 1",
-        "1",
-    ),
-    (
-        "whole levels",
-        "losses in every level",
-        "windows",
-        "return e_t if isinstance(i, int) and i == 0 else None",
-        "return e_t",
-    ),
-    (
-        "overlapping",
-        "into the block behind",
-        "windows",
-        "level(i, shifted(a, -batch), k1)",
-        "level(i, shifted(a, batch), k1)",
-    ),
-    (
-        "overlapping",
-        "around the beginning",
-        "windows",
-        "level(i, shifted(a, -batch), k1)",
-        "level(i, tf.roll(a, -batch, 0), k1)",
-    ),
-    (
-        "sliding",
-        "a level too few",
-        "windows",
-        "i < levels - 1",
-        "i < levels - 2",
-    ),
-    (
-        "sliding",
-        "deltas of one level",
-        "windows",
-        "delta + widened(more)\n",
-        "widened(more)\n",
-    ),
-    (
-        "sliding",
-        "one window reaches h_0",
-        "windows",
-        "home + widened(a[:batch])",
-        "home",
-    ),
-    (
-        "overlapping",
-        "h_0 one step too far",
-        "windows",
-        "first <= before",
-        "first < before",
-    ),
-    (
-        "overlapping",
-        "h_0 of masks forgotten",
-        "windows",
-        "where(first <= before,",
-        "where(first <= 0 * before,",
-    ),
-    (
-        "overlapping",
-        "deltas of the last level alone",
-        "windows",
-        "delta[-rest:] + widened(more)],",
-        "widened(more)],",
-    ),
-    (
-        "overlapping",
-        "the last level at the block's beginning",
-        "windows",
-        "t += k1 - size",
-        "t += 0",
-    ),
-    (
-        "overlapping",
-        "the last level by the mask of its beginning",
-        "windows",
-        "rows(tf.transpose(x[:, :, t], [1, 0, 2]))",
-        "rows(tf.transpose(x[:, :, t - k1 + size], [1, 0, 2]))",
-    ),
-    (
-        "clipped",
-        "one window only where it is longer",
-        "windows",
-        "one = n * k1 - before[:, 0] <= k2",
-        "one = n * k1 - before[:, 0] < k2",
-    ),
-    (
-        "clipped",
-        "losses of one window in each of its levels",
-        "windows",
-        "tf.range(n)[:, None] == n - 1 - i",
-        "tf.range(n)[:, None] == n - 1",
-    ),
-    (
-        "clipped",
-        "clip by the norm of the batch",
-        "scans",
-        "tf.norm(ratio, axis=-1, keepdims=True)",
-        "tf.norm(ratio)",
-    ),
-    (
-        "clipped",
-        "clip every number",
-        "scans",
-        "norm = largest * tf.norm(ratio, axis=-1, keepdims=True)",
-        "norm = tf.abs(a)",
-    ),
-    (
-        "clipped",
-        "clip without the own cotangent",
-        "passes",
-        "a * clip_scale(a, r_max)",
-        "a * clip_scale(carry, r_max)",
-    ),
-    (
-        "clipped",
-        "clip delta, not its recurrence",
-        "passes",
-        "back = tf.matmul(delta, U_T)",
-        "back = tf.matmul(f.vjp_at_output(h, a), U_T)",
-    ),
-    (
-        "factors",
-        "without factors",
-        "passes",
-        "back = back if xi is None else xi * back",
-        "",
-    ),
-    (
-        "factors",
-        "factors past masked steps",
-        "passes",
-        "tf.where(m, back, a)",
-        "tf.where(m, back, a if xi is None else xi * a)",
-    ),
-    (
-        "factors",
-        "a factor at h_0",
-        "masks",
-        "tf.where(tf.range(tf.shape(xi)[1]) == 0, tf.ones_like(xi), xi)",
-        "xi",
-    ),
-    (
-        "factors",
-        "no factor at the second step",
-        "masks",
-        "real_steps_up_to(mask) == 1",
-        "real_steps_up_to(mask) == 2",
-    ),
-    (
-        "second order",
-        "windows one step early",
-        "truncated",
-        "first[:, None] + tf.range(policy.steps)",
-        "tf.maximum(first - 1, 0)[:, None] + tf.range(policy.steps)",
-    ),
-    (
-        "second order",
-        "windows that never begin at h_0",
-        "truncated",
-        "starts = tf.where(at_h_0[..., None], h_0[:, None], starts)",
-        "",
-    ),
-    (
-        "second order",
-        "windows that begin one step late",
-        "truncated",
-        "tf.maximum(first - 1, 0)",
-        "first",
-    ),
-    (
-        "second order",
-        "outputs from a window's beginning",
-        "truncated",
-        "part(y, policy.steps - policy.stride, policy.stride, axis=2)",
-        "part(y, 0, policy.stride, axis=2)",
-    ),
-    (
-        "second order",
-        "the state after the first window",
-        "truncated",
-        "one(tf.reshape(last, [-1, n, units]), n - 1, axis=1)",
-        "one(tf.reshape(last, [-1, n, units]), 0, axis=1)",
-    ),
-    (
-        "clipped, second order",
-        "several windows of one that holds all",
-        "truncated",
-        "tf.where(whole[..., None], of_last, of_blocks)",
-        "of_blocks",
-    ),
-    (
-        "clipped, second order",
-        "masked steps clipped",
-        "scans",
-        "tf.where(real, clip_scale(v, most), tf.ones_like(v))",
-        "clip_scale(v, most) * tf.ones_like(v)",
-    ),
-    (
-        "clipped, second order",
-        "unclipped past masked steps",
-        "scans",
-        "s * e, shifted(s, 1) * S, shifted(s, 1) * P",
-        "s * e, S, shifted(s, 1) * P",
-    ),
-    (
-        "clipped, second order",
-        "clip what enters alone",
-        "scans",
-        "s * e, shifted(s, 1) * S, shifted(s, 1) * P",
-        "s * e, shifted(s, 1) * S, P",
-    ),
-    (
-        "clipped, second order",
-        "clipped derivatives of the states",
-        "scans",
-        "h = states(exact, z, U, h_0, mask, r, factors)",
-        "",
-    ),
-    (
-        "factors, second order",
-        "no factors in the adjoint",
-        "scans",
-        "P = P if factors is None else factors * P",
-        "",
-    ),
-    (
-        "factors, second order",
-        "no factors in the state before",
-        "scans",
-        "number + factors * (before - number)",
-        "before",
-    ),
-    (
-        "factors, second order",
-        "the factor of the step before",
-        "scans",
-        "factors * P",
-        "tf.roll(factors, -1, 0) * P",
-    ),
-]
-
-
-test_checks_pass_on_copies, test_mutation_is_caught = mutation_tests(CHECKS, MUTATIONS)
