@@ -16,8 +16,18 @@ from griffe2md import render_object_docs
 FOLDER = pathlib.Path(__file__).parent
 # What a user needs first comes first.
 PARTS = {
-    "The layer": ["BPTTRNN", "Truncation", "RandomizedTruncation", "convert"],
-    "The gradient flow": ["gradient_flow.gradient_flow", "GradientFlow", "LayerFlow"],
+    "The layer": [
+        "BPTTRNN",
+        "layers.options.GradientOptions",
+        "Truncation",
+        "RandomizedTruncation",
+        "convert",
+    ],
+    "The gradient flow": [
+        "flow.gradient_flow.gradient_flow",
+        "GradientFlow",
+        "LayerFlow",
+    ],
     "Callbacks": ["GradientFlowLogger", "AdaptiveTruncation"],
     "The equations in NumPy: keras_bptt.reference": [
         "reference.Network",
@@ -31,13 +41,14 @@ PARTS = {
         "reference.literal_reading_gradients",
         "reference.central_differences",
     ],
-    "Truncated: keras_bptt.truncated_reference": [
-        "truncated_reference.truncated_gradients"
+    "Truncated and clipped: keras_bptt.reference": [
+        "reference.truncated_gradients",
+        "reference.clipped_gradients",
     ],
 }
 OPTIONS = {
     "heading_level": 3,
-    "inherited_members": False,
+    "inherited_members": True,
     "show_if_no_docstring": False,
     "show_bases": False,
     "show_root_full_path": False,
@@ -79,7 +90,8 @@ def page_of(name, package):
     prepare(thing)
     text = render_object_docs(thing, OPTIONS, format_md=True)
     text = text.replace("**Other Parameters:**", "**Call arguments:**")
-    text = re.sub(r"^(#+ `)keras_bptt\.", r"\1", text, flags=re.M)
+    where = r"(?:keras_bptt\.)?(?:layers\.options\.)?"
+    text = re.sub(rf"^(#+ `){where}", r"\1", text, flags=re.M)
     # Sections that griffe does not know come folded.
     return re.sub(
         r"<details .*?>\n<summary>(.*?)</summary>\n\n(.*?)\n\n</details>",
@@ -107,9 +119,10 @@ def write(folder=FOLDER):
     logging.getLogger("griffe").setLevel(logging.ERROR)  # types may be left out
     package = griffe.load("keras_bptt", docstring_parser="google", resolve_aliases=True)
     # The source says *args and **kwargs for what is SimpleRNN's; the stub writes it out.
-    stub = pathlib.Path(package["layers"].filepath).with_suffix(".pyi")
-    stub = griffe.visit("layers", stub, stub.read_text())["BPTTRNN.__init__"]
-    package["layers.BPTTRNN.__init__"].parameters = stub.parameters
+    module = package["layers.bptt_rnn"]
+    stub = module.filepath.with_suffix(".pyi")
+    stub = griffe.visit("bptt_rnn", stub, stub.read_text())["BPTTRNN.__init__"]
+    module["BPTTRNN.__init__"].parameters = stub.parameters
     page = INTRODUCTION
     for title, names in PARTS.items():
         page += f"\n## {title}\n"

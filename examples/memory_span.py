@@ -105,8 +105,8 @@ def measure(name, k, args):
         "seconds": seconds,
         "suggested_before": [flow.suggest_truncation() for flow in before],
         "suggested_after": [flow.suggest_truncation() for flow in after],
-        "lag_norms_before": rounded(before[0].free_lag_norms),
-        "lag_norms_after": rounded(after[0].free_lag_norms),
+        "lag_shares_before": rounded(before[0].untruncated_lag_shares),
+        "lag_shares_after": rounded(after[0].untruncated_lag_shares),
     }
 
 
@@ -178,10 +178,10 @@ def plot(rows, path, args):
     over = min(
         (row for row in sliding if row["k"] > args.lag), key=lambda row: row["k"]
     )
-    lags.semilogy(rows[0]["lag_norms_before"], color="grey", label="before training")
+    lags.semilogy(rows[0]["lag_shares_before"], color="grey", label="before training")
     for row in (rows[0], over, under):
         name = "full" if row["k"] is None else f"sliding, k = {row['k']}"
-        lags.semilogy(row["lag_norms_after"], label=f"after {name}")
+        lags.semilogy(row["lag_shares_after"], label=f"after {name}")
     lags.axvline(args.lag, color="grey", linestyle="--", label="the lag of the task")
     lags.set_xlabel("lag: steps back from a loss")
     lags.set_ylabel("share of the untruncated gradient left")
