@@ -562,3 +562,25 @@ def test_a_layer_inside_a_tf_function_is_refused():
     model(x)
     with pytest.raises(ValueError, match=r"rnn, called inside a tf.function"):
         gradient_flow(model, x, y, loss=MSE)
+
+
+def test_clipping_by_growth_shows_as_in_training():
+    """The identity, scaled: every step back doubles what is sent, but for the clip."""
+    double = keras.initializers.Identity(2.0)
+    options = {"activation": "linear", "recurrent_initializer": double, "name": "rnn"}
+    x, y = np.ones((3, 8, 2), "float32"), np.ones((3, 4), "float32")
+    shares, words = {}, {}
+    for g in (None, 1.0, 4.0):
+        rnn = BPTTRNN(4, adjoint_max_growth=g, **options)
+        model = keras.Sequential([keras.Input((8, 2)), rnn])
+        flow = gradient_flow(model, x, y, loss="mse")["rnn"]
+        shares[g], words[g] = flow.lag_shares, flow.summary()
+        np.testing.assert_allclose(flow.untruncated_lag_shares, 2.0 ** np.arange(8))
+    np.testing.assert_allclose(shares[None], 2.0 ** np.arange(8), rtol=1e-6)
+    np.testing.assert_allclose(shares[1.0], np.ones(8), rtol=1e-6)
+    np.testing.assert_allclose(shares[4.0], [1, 2, *[4] * 6], rtol=1e-6)
+    assert (
+        "adjoint_max_growth=4" in words[4.0] and "exploding, but clipped" in words[4.0]
+    )
+    assert "adjoint_clipnorm=" in words[None]
+    assert "adjoint_clipnorm=" not in words[4.0], "what is clipped needs no other clip"

@@ -59,13 +59,11 @@ class Activation:
 
     def __call__(self, z):
         """f(z), for z (..., units)."""
+        if len(z.shape) == 2:
+            return self.function(z)
         # The user's function is promised (batch, units), whatever it is called with here.
-        rows = tf.reshape(z, [-1, z.shape[-1]]) if len(z.shape) > 2 else z
-        return (
-            tf.reshape(self.function(rows), tf.shape(z))
-            if len(z.shape) > 2
-            else self.function(z)
-        )
+        rows = tf.reshape(z, [-1, z.shape[-1]])
+        return tf.reshape(self.function(rows), tf.shape(z))
 
     def vjp_at_output(self, h, u):
         """f'(z) u, where h = f(z) tells the slope; rounded once, as TensorFlow does it."""

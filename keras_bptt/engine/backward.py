@@ -29,6 +29,7 @@ from keras_bptt.engine.clipping import arriving
 from keras_bptt.engine.kept import (
     computed_again,
     from_storage,
+    number_of_tensors,
     point_of,
 )
 from keras_bptt.engine.masks import (
@@ -81,10 +82,8 @@ def gradients(options, constants, outputs, kept, cotangents, arguments):
     """`backward`, in one of its ways."""
     x, stored, states, stored_output, _ = arguments
     weights, output_layer = cast_to(states[0].dtype, (stored, stored_output))
-    # Of the same options, but that those of windows may be for all steps by now.
-    every = len(states)
-    if options.cell.keeps_saved:
-        every += len(options.cell.shapes(weights).saved)
+    # The forward pass may have had a truncation where there is none now: see `backward`.
+    every = number_of_tensors(options.cell, states, weights)
     told = options.checkpoint_every is None and len(kept[0]) < every
     y = outputs[0] if told else None
     parts = split(len(kept), (constants, x, states, y, cotangents))

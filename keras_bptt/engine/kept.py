@@ -37,11 +37,15 @@ def outputs_tell(options, mask, output_layer):
 
 def kept_tensors(options, mask, states, weights, output_layer):
     """Which of the states and, counted on, of what the cell saves are kept beside y."""
-    cell, number = options.cell, len(states)
-    if cell.keeps_saved:
-        number += len(cell.shapes(weights).saved)
     told = outputs_tell(options, mask, output_layer)
-    return tuple(i for i in range(number) if not (told and i == cell.output))
+    every = range(number_of_tensors(options.cell, states, weights))
+    return tuple(i for i in every if not (told and i == options.cell.output))
+
+
+def number_of_tensors(cell, states, weights):
+    """Of the states and of what is kept of what the cell saves."""
+    saved = cell.shapes(weights).saved if cell.keeps_saved else ()
+    return len(states) + len(saved)
 
 
 def from_storage(options, kept, y, mask, initial, blocks):
@@ -85,8 +89,7 @@ def from_storage(options, kept, y, mask, initial, blocks):
 def computed_again(options, weights, noise, starts, x, blocks):
     """The same, from the states before the blocks, each (blocks, batch, ...)."""
     cell, number = options.cell, len(starts)
-    saved = len(cell.shapes(weights).saved) if cell.keeps_saved else 0
-    static = options, tuple(range(number + saved))
+    static = options, tuple(range(number_of_tensors(cell, starts, weights)))
     along_time = mapped(lambda t: t[:, None], noise)
 
     def again(start, size, valid, m):
@@ -108,16 +111,16 @@ def point_of(cell, weights, x, noise, first, after, saved, mask):
         x: a function: their inputs, time-major, none of them padding.
         first: the states before the block.
         mask: bool (timesteps, batch, 1), or None.
+
+    Returns:
+        The point, and of each state before the steps its consecutive pieces.
     """
-    wants, pieces = (
-        cell.wants,
-        [[s[None], a[:-1]] for s, a in zip(first, after, strict=True)],
-    )
+    pieces = [[s[None], a[:-1]] for s, a in zip(first, after, strict=True)]
     drive = before = None
-    again = "saved" in wants and not cell.keeps_saved
-    if again or "before" in wants:
+    again = "saved" in cell.wants and not cell.keeps_saved
+    if again or "before" in cell.wants:
         before = tuple(map(joined_pieces, pieces))
-    if again or "drive" in wants:
+    if again or "drive" in cell.wants:
         drive = cell.project(weights, x(), noise)
     if again:
         _, saved = cell.step(weights, drive, before, noise)

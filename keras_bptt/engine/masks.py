@@ -10,7 +10,7 @@ from keras_bptt.runtime.tensors import beside, chosen, where, widened
 
 
 def processing_order(options, x, mask):
-    """x (batch, timesteps, features) and m (batch, timesteps), first step first."""
+    """x (batch, timesteps, ...) and m (batch, timesteps), first step first."""
     if options.go_backwards:
         return tf.reverse(x, [1]), mask if mask is None else tf.reverse(mask, [1])
     return x, mask
@@ -57,7 +57,7 @@ def for_states(x):
 
 
 def link_factors(options, constants):
-    """The factors, 1 where a link comes from h_0: at the first unmasked step."""
+    """The factors, 1 where a link comes from the initial state: at the first real step."""
     xi, mask = constants.link_factors, constants.mask
     if xi is None:
         return None

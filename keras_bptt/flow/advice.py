@@ -76,7 +76,7 @@ def _of_explosion(flow):
     found = _of_singular_values(flow)
     ends = [row[np.isfinite(row) & (row > 0)][-1:] for row in flow.adjoint_norms]
     ends = np.concatenate(ends)
-    if flow.adjoint_clipnorm is None and len(ends):
+    if not flow.clipped and len(ends):
         found.append(
             f"adjoint_clipnorm={np.median(ends):.2g}, what |dL/dh_t| is at the last step "
             "of batches like this one (a mean loss divides by their size), clips where it "

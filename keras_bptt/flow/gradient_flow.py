@@ -48,15 +48,15 @@ def gradient_flow(
     not finite; and the window that loses no more of the gradient than a tolerance. What it
     advises, `convert(model, adjoint_clipnorm=0.07)` puts into a copy of the model.
 
-    The numbers are those of the layer's own backward pass: zeros are added to z_t and to
-    h_t, and their gradients are delta_t and a_t. The weights and the state of the model
-    (stateful layers, batch normalisation, seeds) stay as they are.
+    The numbers are by-products of the layer's own backward pass, which has every delta_t
+    and a_t in its hands. The weights and the state of the model (stateful layers, batch
+    normalisation, seeds) stay as they are.
 
-    Cost: of each layer less than 4 training steps' products (the probe doubles the units)
-    for the batch, and as much for each of `loss_steps` single losses, twice where the layer
-    has a truncation or clips. The model is run eagerly, once; the rest are graphs, traced
-    for a second or two the first time. Memory: of one layer some (batch, timesteps,
-    2 units) at a time. A few dozen examples are enough.
+    Cost: of each layer the products of a forward and a backward pass for the batch, and of
+    a backward pass for each of `loss_steps` single losses, twice where the layer has a
+    truncation or clips. The model is run eagerly, once; the rest are graphs, traced for a
+    second or two the first time. Memory: of one layer some (batch, timesteps, units) at a
+    time. A few dozen examples are enough.
 
     Args:
         model: a built Keras model that calls one or more `BPTTRNN`, anywhere in it:
@@ -181,6 +181,7 @@ def _layer_flow(name, layer, numbers, causes):
         state_norms=numbers.state_norms,
         state_growth=numbers.state_growth,
         not_finite=causes,
+        adjoint_max_growth=layer.adjoint_max_growth,
     )
 
 

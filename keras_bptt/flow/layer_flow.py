@@ -31,7 +31,7 @@ class LayerFlow:
     Attributes:
         name: of the layer.
         activation: its name.
-        truncation, adjoint_clipnorm: of the layer.
+        truncation, adjoint_clipnorm, adjoint_max_growth: of the layer.
         adjoint_norms: |a_t| (examples, timesteps).
         delta_norms: |delta_t| (examples, timesteps).
         lag_shares: how much of a loss reaches k = 0, 1, ... steps back, as a share of what
@@ -84,6 +84,12 @@ class LayerFlow:
     state_norms: np.ndarray | None = None
     state_growth: float = 0.0
     not_finite: tuple[str, ...] = ()
+    adjoint_max_growth: float | None = None
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the layer clips its adjoints."""
+        return (self.adjoint_clipnorm, self.adjoint_max_growth) != (None, None)
 
     @property
     def timesteps(self) -> int:

@@ -1,10 +1,10 @@
 """What is measured of one call of a layer: how the gradient flows back through it.
 
-Given the cotangents that the call receives, by the probe of `probe.py`: delta_t and a_t as
-they are in training; and what a single loss sends back, from the cotangent of one step,
-with the layer's truncation and clipping, and without. These are cached graphs, in which the
-weights' gradients, that nobody asks for, are pruned. And the states, beside what has come
-in.
+Given the cotangents that the call receives: delta_t and a_t as they are in training, which
+are by-products of the backward pass (`linearised`); and what a single loss sends back, from
+the cotangent of one step, with the layer's truncation and clipping, and without. These are
+cached graphs, in which the weights' gradients, that nobody asks for, are pruned. And the
+states, beside what has come in.
 """
 
 from typing import NamedTuple

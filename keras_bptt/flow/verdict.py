@@ -41,7 +41,7 @@ def explanation(flow):
             "layer, or what lies between lets nothing through"
         )
     words = f"{free}: {_course(flow)}"
-    if free == "exploding" and flow.adjoint_clipnorm is not None:
+    if free == "exploding" and flow.clipped:
         most = np.nanmax(flow.lag_shares)
         words = (
             f"exploding, but clipped: no step gets more than {most:.2g} times what the "
@@ -70,6 +70,8 @@ def summary(flow):
         what.append(str(flow.truncation))
     if flow.adjoint_clipnorm is not None:
         what.append(f"adjoint_clipnorm={flow.adjoint_clipnorm:g}")
+    if flow.adjoint_max_growth is not None:
+        what.append(f"adjoint_max_growth={flow.adjoint_max_growth:g}")
     # Of numbers that rest on what is not finite there is nothing to show.
     lines = [] if free_kind(flow) == "not finite" else _lines(flow)
     text = [f"{flow.name}: {', '.join(what)}"]
