@@ -60,7 +60,8 @@ class Activation:
     def __call__(self, z):
         """f(z), for z (..., units)."""
         if len(z.shape) == 2:
-            return self.function(z)
+            # What Python code returns has no static shape.
+            return tf.ensure_shape(self.function(z), z.shape)
         # The user's function is promised (batch, units), whatever it is called with here.
         rows = tf.reshape(z, [-1, z.shape[-1]])
         return tf.reshape(self.function(rows), tf.shape(z))

@@ -20,6 +20,7 @@ from keras_bptt.engine.blocks import (
     blocks_like,
     blocks_of,
     checkpoint_blocks,
+    continued,
     cut,
     in_one_piece,
     padded,
@@ -121,11 +122,16 @@ def gradients_of_part(options, weights, output_layer, kept, part):
         kept = [in_one_piece(pieces) for pieces in kept]
     elif windows:
         run_back, arrived = sliding_pass, rows_of(options.truncation, arrived)
-    sequences = tuple(padded(t, blocks) for t in (x, mask, seen, dy, factors))
+    sequences = tuple(padded(t, blocks) for t in (mask, seen, dy, factors))
+    fill, along = filler(x, mask), continued(x, blocks)
+
+    def inputs(start, size, m):
+        return unpadded(cut(along, start, size), m, fill)
+
     if options.checkpoint_every is None:
         stored = from_storage(options, kept, y, mask, states, blocks)
     else:
-        stored = computed_again(options, weights, noise, kept, sequences[0], blocks)
+        stored = computed_again(options, weights, noise, kept, inputs, blocks)
     real = None if mask is None else size_of(x, 1) - masked_steps(mask)
     block = _Block(
         options,
@@ -134,8 +140,9 @@ def gradients_of_part(options, weights, output_layer, kept, part):
         noise,
         run_back,
         stored,
+        inputs,
         sequences,
-        filler(x, mask),
+        x.shape[2:] if x.dtype.is_floating else None,
         (blocks.steps, real),
     )
     sums = mapped(lambda w: tf.zeros_like(w, wide(w.dtype)), (weights, output_layer))
@@ -176,9 +183,10 @@ class _Block:
     Attributes:
         run_back: the pass of the recursion.
         stored: a function of a block, from `kept`.
-        sequences: x, the mask, where outputs are visible, their cotangents and the factors
-            of links, all (batch, timesteps, ...).
-        fill: what stands in the place of masked inputs.
+        inputs: a function of start, size and mask: x of these steps, none of it padding.
+        sequences: the mask, where outputs are visible, their cotangents and the factors of
+            links, all (batch, timesteps, ...).
+        features: the shape of a row of x, or None: it has no gradient.
         lengths: how many steps there are, and of each example how many real ones.
     """
 
@@ -188,28 +196,29 @@ class _Block:
     noise: tuple
     run_back: Callable
     stored: Callable
+    inputs: Callable
     sequences: tuple
-    fill: tf.Tensor | None
+    features: tf.TensorShape | None
     lengths: tuple
 
     @property
     def shapes(self):
         """Of the outputs: the gradients of x and, if it is observed, of the zeros."""
-        x, shapes = self.sequences[0], self.options.cell.shapes(self.weights)
+        shapes = self.options.cell.shapes(self.weights)
         observed = (*shapes.states, *shapes.deltas) if self.options.observed else ()
-        return [*[x.shape[2:]] * x.dtype.is_floating, *observed]
+        return [*[self.features] * (self.features is not None), *observed]
 
     def __call__(self, start, size, valid, carry):
         options, cell, weights = self.options, self.options.cell, self.weights
         arrived, sums, output_sums = carry
-        x, mask, seen, e, factors = (cut(t, start, size) for t in self.sequences)
+        mask, seen, e, factors = (cut(t, start, size) for t in self.sequences)
         first, after, saved = self.stored(start, size, valid, mask)
         e = e if seen is None or e is None else where(beside(seen, e), e)
         if self.output_layer and e is not None:
             e, q = sent_back(e, self.output_layer), to_time_major(e)
 
         def inputs():
-            return to_time_major(unpadded(x, mask, self.fill))
+            return to_time_major(self.inputs(start, size, mask))
 
         real = for_states(mask)
         given = cell, weights, inputs, self.noise
@@ -231,7 +240,7 @@ class _Block:
             with tf.control_dependencies(more):
                 d_V = sum_of_products(after[cell.output], q)
             output_sums = (output_sums[0] + d_V, *output_sums[1:])
-        found = [d_x] * x.dtype.is_floating
+        found = [d_x] * (self.features is not None)
         found += [*adjoints, *deltas] if options.observed else []
         return (arrived, sums, output_sums), found
 

@@ -24,7 +24,7 @@ import tensorflow as tf
 from keras_bptt.engine.loops import array, same_shapes, stack
 from keras_bptt.engine.parts import USUAL_BATCH
 from keras_bptt.runtime.execution import within_xla
-from keras_bptt.runtime.tensors import filled, size_of
+from keras_bptt.runtime.tensors import filled, repeated, size_of
 
 # What a block holds of the states, in numbers: 6 MB of float32. Fewer, longer blocks are
 # quicker: between two of them one part of the batch waits for the products of another. But
@@ -208,6 +208,15 @@ def padded(x, blocks, axis=1):
         return x
     steps = size_of(x, axis)
     return filled(x, blocks.count * blocks.size - steps, steps, axis)
+
+
+def continued(x, blocks):
+    """`padded`, for inputs: with the last one again, for zeros might be no input."""
+    if not blocks.in_loop or blocks.whole:
+        return x
+    return repeated(
+        x, blocks.count * blocks.size - size_of(x, 1), size_of(x, 1), axis=1
+    )
 
 
 def cut(x, start, size, axis=1):

@@ -9,13 +9,14 @@ of the batch at the same time.
 from keras_bptt.engine.blocks import (
     blocks_of,
     checkpoint_blocks,
+    continued,
     cut,
     in_one_piece,
     padded,
     walk,
 )
 from keras_bptt.engine.kept import kept_tensors
-from keras_bptt.engine.masks import processing_order, read_out
+from keras_bptt.engine.masks import filler, processing_order, read_out, unpadded
 from keras_bptt.engine.output_layer import shown
 from keras_bptt.engine.parts import joined, parts_of, split
 from keras_bptt.engine.states import states_pass
@@ -67,12 +68,14 @@ def forward_of_part(options, weights, output_layer, constants, x, states):
         # One piece, which need not be copied; without an output layer the drive takes no
         # more than the outputs do.
         blocks = blocks.in_one()
-    inputs, real = padded(x, blocks), padded(mask, blocks)
+    fill, inputs, real = filler(x, mask), continued(x, blocks), padded(mask, blocks)
     along_time = mapped(lambda t: t[:, None], noise)
 
     def block(start, size, valid, before):
-        drive = cell.project(weights, cut(inputs, start, size), along_time)
-        given = valid, weights, noise, before, drive, cut(real, start, size)
+        m = cut(real, start, size)
+        x = unpadded(cut(inputs, start, size), m, fill)
+        drive = cell.project(weights, x, along_time)
+        given = valid, weights, noise, before, drive, m
         static = options, stacked
         after, *tensors = call(states_pass, static, options.jit_compile, *given)
         by_index = dict(zip(stacked, tensors, strict=True))

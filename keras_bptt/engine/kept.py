@@ -86,8 +86,12 @@ def from_storage(options, kept, y, mask, initial, blocks):
     return stored
 
 
-def computed_again(options, weights, noise, starts, x, blocks):
-    """The same, from the states before the blocks, each (blocks, batch, ...)."""
+def computed_again(options, weights, noise, starts, inputs, blocks):
+    """The same, from the states before the blocks, each (blocks, batch, ...).
+
+    Args:
+        inputs: a function of start, size and mask: x of these steps, batch-major.
+    """
     cell, number = options.cell, len(starts)
     static = options, tuple(range(number_of_tensors(cell, starts, weights)))
     along_time = mapped(lambda t: t[:, None], noise)
@@ -96,7 +100,7 @@ def computed_again(options, weights, noise, starts, x, blocks):
         # With one block its size may be a tensor.
         place = 0 if isinstance(start, int) and start == 0 else start // blocks.size
         first = tuple(t[place] for t in starts)
-        drive = cell.project(weights, cut(x, start, size), along_time)
+        drive = cell.project(weights, inputs(start, size, m), along_time)
         given = valid, weights, noise, first, drive, m
         _, *found = call(states_pass, static, options.jit_compile, *given)
         return first, tuple(found[:number]), tuple(found[number:])

@@ -6,7 +6,7 @@ recurrence.
 
 import tensorflow as tf
 
-from keras_bptt.runtime.tensors import beside, chosen, where, widened
+from keras_bptt.runtime.tensors import beside, chosen, size_of, where, widened
 
 
 def processing_order(options, x, mask):
@@ -83,13 +83,19 @@ def filler(x, mask):
     """What stands in the place of masked inputs: an example's first real one.
 
     So that no cell meets what padding may hold (NaN, say), nor an input that is none. An
-    example without a real step has zeros.
+    example without a real step has that of another one; without any they are zeros.
     """
     if mask is None:
         return None
     first = tf.argmax(tf.cast(mask, tf.int32), 1, output_type=tf.int32)
     found = tf.gather(x, first, batch_dims=1)
-    found = where(beside(tf.reduce_any(mask, 1, keepdims=True), found), found)
+    real = tf.reduce_any(mask, 1, keepdims=True)
+    found = where(beside(real, found), found)
+    another = tf.argmax(tf.cast(real[:, 0], tf.int32), output_type=tf.int32)
+    another = tf.minimum(another, size_of(x, 0) - 1) + tf.zeros_like(first)
+    found = tf.where(
+        beside(real, found), found, tf.gather(found, tf.maximum(another, 0))
+    )
     return tf.stop_gradient(found)[:, None]
 
 

@@ -3,3 +3,7 @@
 * `bptt_rnn`: the layer `BPTTRNN`.
 * `observing`: who else wants to see what a layer asks of the engine.
 """
+
+from keras_bptt.layers.bptt_rnn import BPTTRNN
+
+__all__ = ["BPTTRNN"]

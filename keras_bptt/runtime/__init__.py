@@ -2,6 +2,7 @@
 
 * `execution`: cached graphs, XLA, processor cores.
 * `explicit`: a function with a gradient that is written out.
-* `tensors`: zeros, parts and sums of tensors, made safely.
+* `tensors`: zeros, products and sums of tensors, made safely.
+* `slices`: parts of a tensor, and tensors as parts, each the gradient of the other.
 * `wording`: what errors call the things that they are about.
 """

@@ -87,19 +87,22 @@ def filled(x, number, place=0, axis=0):
     return tf.ensure_shape(filled, sizes)
 
 
-def repeated(x, number, place=0):
-    """`x` with `number` places more before this place of its first axis, like the nearest.
+def repeated(x, number, place=0, axis=0):
+    """`x` with `number` places more before this place of an axis, like the nearest one.
 
     For what a step is differentiated at: zeros might be where it has no derivative.
     """
     if at_most(number, 0):
         return x
-    size = size_of(x, 0)
+    size = size_of(x, axis)
     to = tf.range(size + number)
     source = tf.where(to < place, to, tf.maximum(to - number, place - 1))
-    x = tf.gather(x, tf.clip_by_value(source, 0, size - 1))
+    last = tf.maximum(size - 1, 0)
+    x = tf.gather(x, tf.clip_by_value(source, 0, last), axis=axis)
+    sizes = x.shape.as_list()
     known = isinstance(number, int) and isinstance(size, int)
-    return tf.ensure_shape(x, [size + number if known else None, *x.shape[1:]])
+    sizes[axis] = size + number if known else None
+    return tf.ensure_shape(x, sizes)
 
 
 def along(places, x, axis):
