@@ -21,8 +21,8 @@ from keras_bptt import (
     GradientFlowLogger,
     RandomizedTruncation,
     Truncation,
-    execution,
 )
+from keras_bptt.runtime import execution
 
 B, T, D, H = 8, 5, 4, 6  # B: of all replicas together
 BATCHES = 3

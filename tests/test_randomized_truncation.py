@@ -52,7 +52,7 @@ def draws(monkeypatch):
         seen.append(factors.numpy())
         return factors
 
-    monkeypatch.setattr(keras_bptt.layers, "drawn_factors", spy)
+    monkeypatch.setattr(keras_bptt.layers.bptt_rnn, "drawn_factors", spy)
     return seen
 
 
@@ -205,7 +205,7 @@ def test_bias_is_seen(draw, monkeypatch):
     def drawn(truncation, seed, sequences, dtype):
         return draw(truncation.keep_probability, tf.shape(sequences)[:2], seed)
 
-    monkeypatch.setattr(keras_bptt.layers, "drawn_factors", drawn)
+    monkeypatch.setattr(keras_bptt.layers.bptt_rnn, "drawn_factors", drawn)
     with pytest.raises(AssertionError):
         check_unbiased()
 

@@ -85,6 +85,7 @@ CONFIGURATIONS = [
     short("output", output_activation="softmax", **WITH_OUTPUT),
     short("output_checkpoints", checkpoint_every="sqrt", **WITH_OUTPUT),
     short("clipped", adjoint_clipnorm=4.4e-5, **WHOLE),  # about every second one
+    short("clipped_growth", adjoint_max_growth=1.0, **WHOLE),
     short("masked", masked=True, **WHOLE),
     short("masked_chunks", masked=True, truncation=Truncation(32), **WHOLE),
     short("dropout", dropout=0.2, recurrent_dropout=0.3, **WHOLE),
