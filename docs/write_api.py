@@ -16,13 +16,7 @@ from griffe2md import render_object_docs
 FOLDER = pathlib.Path(__file__).parent
 # What a user needs first comes first.
 PARTS = {
-    "The layer": [
-        "BPTTRNN",
-        "layers.options.GradientOptions",
-        "Truncation",
-        "RandomizedTruncation",
-        "convert",
-    ],
+    "The layer": ["BPTTRNN", "Truncation", "RandomizedTruncation", "convert"],
     "The gradient flow": [
         "flow.gradient_flow.gradient_flow",
         "GradientFlow",
@@ -48,7 +42,7 @@ PARTS = {
 }
 OPTIONS = {
     "heading_level": 3,
-    "inherited_members": True,
+    "inherited_members": False,
     "show_if_no_docstring": False,
     "show_bases": False,
     "show_root_full_path": False,
@@ -90,8 +84,7 @@ def page_of(name, package):
     prepare(thing)
     text = render_object_docs(thing, OPTIONS, format_md=True)
     text = text.replace("**Other Parameters:**", "**Call arguments:**")
-    where = r"(?:keras_bptt\.)?(?:layers\.options\.)?"
-    text = re.sub(rf"^(#+ `){where}", r"\1", text, flags=re.M)
+    text = re.sub(r"^(#+ `)keras_bptt\.", r"\1", text, flags=re.M)
     # Sections that griffe does not know come folded.
     return re.sub(
         r"<details .*?>\n<summary>(.*?)</summary>\n\n(.*?)\n\n</details>",
@@ -123,6 +116,10 @@ def write(folder=FOLDER):
     stub = module.filepath.with_suffix(".pyi")
     stub = griffe.visit("bptt_rnn", stub, stub.read_text())["BPTTRNN.__init__"]
     module["BPTTRNN.__init__"].parameters = stub.parameters
+    # What it has from there is its own to a reader.
+    options = package["layers.options.GradientOptions"].members
+    for name in [name for name, member in options.items() if member.is_attribute]:
+        module["BPTTRNN"].set_member(name, options[name])
     page = INTRODUCTION
     for title, names in PARTS.items():
         page += f"\n## {title}\n"
