@@ -12,9 +12,13 @@ names = zipfile.ZipFile(WHEEL).namelist()
 folders = {name.partition("/")[0] for name in names}
 info = {folder for folder in folders if folder.endswith(".dist-info")}
 assert len(info) == 1 and folders - info == {"keras_bptt"}, folders
-files = {path.name for path in (ROOT / "keras_bptt").iterdir() if path.is_file()}
-assert {name.partition("/")[2] for name in names if "keras_bptt/" in name} == files
-assert {"py.typed", "layers.pyi", "layers.py"} <= files
+kinds = ".py", ".pyi"
+found = [path for path in (ROOT / "keras_bptt").rglob("*") if path.suffix in kinds]
+found += (ROOT / "keras_bptt").rglob("py.typed")
+files = {path.relative_to(ROOT).as_posix() for path in found}
+assert {name for name in names if name.startswith("keras_bptt/")} == files
+known = "py.typed", "layers/bptt_rnn.pyi", "layers/bptt_rnn.py", "engine/loops.py"
+assert {f"keras_bptt/{name}" for name in known} <= files
 for name in ("pytest", "matplotlib", "sklearn"):
     assert importlib.util.find_spec(name) is None, f"{name}: no empty environment"
 
