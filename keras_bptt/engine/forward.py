@@ -84,10 +84,11 @@ def forward_of_part(options, weights, output_layer, constants, x, states):
             outputs.append(shown(by_index[cell.output], output_layer))
         return after, outputs
 
-    shapes = cell.shapes(weights)
-    shapes = [(*shapes.states, *shapes.saved)[i] for i in leaving]
+    of_cell = cell.shapes(weights)
+    shapes = [(*of_cell.states, *of_cell.saved)[i] for i in leaving]
     if output_layer and options.return_sequences:
-        shapes.append(output_layer[0].shape[1:])
+        *rows, _ = of_cell.states[cell.output]
+        shapes.append((*rows, output_layer[0].shape[1]))
     last, outputs, starts = walk(
         block, states, blocks, shapes, size_of(x, 0), starts=checkpoints
     )
