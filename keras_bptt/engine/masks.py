@@ -91,11 +91,10 @@ def filler(x, mask):
     found = tf.gather(x, first, batch_dims=1)
     real = tf.reduce_any(mask, 1, keepdims=True)
     found = where(beside(real, found), found)
-    another = tf.argmax(tf.cast(real[:, 0], tf.int32), output_type=tf.int32)
-    another = tf.minimum(another, size_of(x, 0) - 1) + tf.zeros_like(first)
-    found = tf.where(
-        beside(real, found), found, tf.gather(found, tf.maximum(another, 0))
-    )
+    # The last of a batch is found by its number, for no argmax is of an empty batch.
+    numbers = tf.where(real[:, 0], tf.range(size_of(x, 0)), 0)
+    another = tf.maximum(tf.reduce_max(numbers), 0) + tf.zeros_like(first)
+    found = tf.where(beside(real, found), found, tf.gather(found, another))
     return tf.stop_gradient(found)[:, None]
 
 
