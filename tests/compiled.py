@@ -67,7 +67,9 @@ def derivatives(configuration, jit_compile):
         tf.TensorSpec((unknown[0], call["units"]), dtype),
     ]
     whole = True if call["whole"] and jit_compile else None
-    function = tf.function(gradients, input_signature=signature, jit_compile=whole)
+    function = tf.function(
+        gradients, autograph=False, input_signature=signature, jit_compile=whole
+    )
     return [g.numpy() for g in function(x, state)]
 
 

@@ -2,6 +2,8 @@
 
 import types
 
+import tensorflow as tf
+
 import keras_bptt.engine.blocks
 import keras_bptt.engine.parts
 from keras_bptt.cells import activations
@@ -27,6 +29,7 @@ def arguments_of(x, W, U, h_0, b=None, V=None, c=None):
     return static.Arguments(x, weights, (h_0,), output_layer)
 
 
+@tf.autograph.experimental.do_not_convert
 def recurrence(options, constants, *tensors, **named):
     """(y, h_T) of `arguments_of` the tensors."""
     arguments = arguments_of(*tensors, **named)

@@ -131,7 +131,7 @@ def evaluate(function, problem, mode="plain", use_bias=True, dtype="float64"):
         if arrays[i].ndim == 3:
             specs[i] = tf.TensorSpec([None, None, arrays[i].shape[2]], dtype)
 
-    @tf.function(input_signature=specs)
+    @tf.function(input_signature=specs, autograph=False)
     def run(*tensors):
         arguments = tensors[: 5 if use_bias else 4]
         with tf.GradientTape() as tape:

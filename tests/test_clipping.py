@@ -218,7 +218,9 @@ class Case:
             both = [tf.TensorSpec(t.shape, t.dtype) for t in cotangents]
             if self.options["return_sequences"]:
                 both[0] = tf.TensorSpec([B, None, self.dy.shape[-1]], "float64")
-            run = tf.function(run, input_signature=[tuple(both), *specs])
+            run = tf.function(
+                run, autograph=False, input_signature=[tuple(both), *specs]
+            )
         else:
             run = WAYS[mode](run)
         found = run(cotangents, *tensors)

@@ -284,7 +284,9 @@ def evaluate(function, problem, mode="plain", dtypes=("float64", "float64")):
             for n, t in zip(sizes, present, strict=True)
         ]
         xla = mode.endswith("xla")
-        run = tf.function(run, input_signature=specs, jit_compile=xla or None)
+        run = tf.function(
+            run, autograph=False, input_signature=specs, jit_compile=xla or None
+        )
     else:
         run = WAYS[mode](run)
     results = run(*present)

@@ -142,7 +142,10 @@ def evaluate(
             {k: spec(k, t) for k, t in d.items()} for d in (tensors, constants)
         ]
         run = tf.function(
-            run, input_signature=signature, jit_compile=mode == "xla" or None
+            run,
+            input_signature=signature,
+            autograph=False,
+            jit_compile=mode == "xla" or None,
         )
     else:
         run = WAYS[mode](run)

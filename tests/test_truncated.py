@@ -124,7 +124,7 @@ def gradients(function, problem, mode="plain", dtype="float64", unknown=False):
         specs[0] = tf.TensorSpec([None, None, D], dtype)
         if len(problem[5].shape) == 3:
             specs[5] = tf.TensorSpec([None, None, H], dtype)
-        run = tf.function(run, input_signature=specs)
+        run = tf.function(run, autograph=False, input_signature=specs)
     else:
         run = WAYS[mode](run)
     outputs, d = run(*tensors)
@@ -599,7 +599,7 @@ def backward_program(window, T, masked):
     if masked:
         tensors.append(tf.constant(rng(2).random((B, T)) < 0.7))
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def backward(h, last, dy, ds, x, W, U, h_0, b, *mask):
         constants = MODULES.recurrence.Constants(*mask)
         arguments = arguments_of(x, W, U, h_0, b)

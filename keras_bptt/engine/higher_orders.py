@@ -170,19 +170,17 @@ class Link:
         return dataclasses.replace(self, reverse=not self.reverse)
 
     def apply(self, known, weights_back, point, v):
-        """J^T v or J v at one link or at all, differentiable by all of it."""
+        """k J^T v or J k v at one link or at all, differentiable by all of it."""
 
-        def pull(v):
-            back, _ = self.cell.step_back(weights_back, point, v, known.noise)
-            back = passed_on(known.mask, back, v)
-            if known.factors is None:
-                return back
-            return tuple(k * b for k, b in zip(known.factors, back, strict=True))
+        def back(v):
+            return self.cell.step_back(weights_back, point, v, known.noise)[0]
 
         if self.reverse:
-            return pull(v)
+            return _product(known.factors, passed_on(known.mask, back(v), v))
+        v = _product(known.factors, v)
         # The transpose of the linear map.
-        return tuple(vjp(pull, (mapped(tf.zeros_like, v),), v)[0])
+        forth = vjp(back, (mapped(tf.zeros_like, v),), v)[0]
+        return passed_on(known.mask, tuple(forth), v)
 
 
 def linear_scan(link, known, e, point, weights_back):
@@ -270,6 +268,12 @@ def _scan_links(step, link, known, e, point, carry, shapes):
         unroll=link.unroll,
     )
     return tuple(outputs)
+
+
+def _product(factors, v):
+    if factors is None:
+        return v
+    return tuple(k * t for k, t in zip(factors, v, strict=True))
 
 
 def _sum(some, others):

@@ -37,6 +37,7 @@ recurrent neural networks", arXiv:1308.0850 (clipping inside the recursion).
 """
 
 import numbers
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from keras_bptt.reference.simple_rnn import (
     ACTIVATIONS,
     Array,
     HiddenGradients,
+    Pair,
     _by_step,
     _checked,
     _pair,
@@ -85,8 +87,8 @@ def truncated_gradients(
     >>> d.delta.ravel().tolist(), d.d_initial_state.item()
     ([0.5, 1.25, 0.5, 1.0], 0.25)
     """
-    problem = (x, W, U, b, h_0, f, e, mask, recurrent_dropout, factors)
-    d, rows = _rows(*problem, steps, stride)
+    problem = _Problem(x, W, U, b, h_0, f, e, mask, recurrent_dropout, factors)
+    d, rows = _rows(problem, steps, stride)
     for row in rows:
         for loss in sorted(row.e):
             first = row.block_end(row.count[loss]) - row.steps + 1
@@ -148,8 +150,8 @@ def clipped_gradients(
     ([3.0, 3.0, 0.5], 12.0)
     """
     _check_limits(adjoint_clipnorm, adjoint_max_growth)
-    problem = (x, W, U, b, h_0, f, e, mask, recurrent_dropout, factors)
-    d, rows = _rows(*problem, steps, stride)
+    problem = _Problem(x, W, U, b, h_0, f, e, mask, recurrent_dropout, factors)
+    d, rows = _rows(problem, steps, stride)
     for row in rows:
         end = {t: row.block_end(row.count[t]) for t in row.e}  # 0 before the first step
         for block in sorted(set(end.values())):
@@ -190,10 +192,26 @@ def _clipped(a, limit):
     return a * (limit / norm) if norm > limit else a
 
 
+class _Problem(NamedTuple):
+    """What gradients are of, its functions and arrays checked by `_rows`."""
+
+    x: Array
+    W: Array
+    U: Array
+    b: Array
+    h_0: Array
+    f: Pair
+    e: Array
+    mask: Array
+    r: Array
+    factors: Array
+
+
 class _Row:
     """One example: its states, its real steps counted, and its part of the sums."""
 
-    def __init__(self, n, d, x, W, U, b, h_0, f, e, mask, r, factors, steps, stride):
+    def __init__(self, n, d, problem, steps, stride):
+        x, W, U, b, h_0, f, e, mask, r, factors = problem
         row = slice(n, n + 1)  # still (batch, ...): the equations read as on paper
         x, e, r, h = _by_step(x[row]), _by_step(e[row]), r[row], h_0[row]
         self.x, self.e, self.W, self.U, self.r = x, e, W, U, r
@@ -235,8 +253,9 @@ class _Row:
         return self.factor[t] * self.r * (delta @ self.U.T)
 
 
-def _rows(x, W, U, b, h_0, f, e, mask, r, factors, steps, stride):
+def _rows(problem, steps, stride):
     """Gradients of zeros, and the examples, which add to them."""
+    x, W, U, b, h_0, f, e, mask, r, factors = problem
     f = _pair("f", f, ACTIVATIONS)
     x, W, U, b, h_0, e = _checked(x=x, W=W, U=U, b=b, h_0=h_0, e=e)
     mask = np.ones(x.shape[:2], bool) if mask is None else np.asarray(mask)
@@ -249,8 +268,8 @@ def _rows(x, W, U, b, h_0, f, e, mask, r, factors, steps, stride):
     )
     _check_window(steps, stride)
     d = HiddenGradients(*(np.zeros_like(array) for array in (x, W, U, b, h_0, e, e)))
-    problem = (d, x, W, U, b, h_0, f, e, mask, r, factors, steps, stride)
-    return d, [_Row(n, *problem) for n in range(len(x))]
+    problem = _Problem(x, W, U, b, h_0, f, e, mask, r, factors)
+    return d, [_Row(n, d, problem, steps, stride) for n in range(len(x))]
 
 
 def _check_window(steps, stride):
