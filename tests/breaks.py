@@ -608,6 +608,15 @@ def checkpoints(change):
     return broken(BACKWARD + "computed_again", takes(changed))
 
 
+def of_first_inputs(options, weights, noise, starts, inputs, blocks):
+    """Blocks are computed again from the inputs of the first of them."""
+
+    def first_inputs(start, size, mask):
+        return inputs(0, size, mask)
+
+    return options, weights, noise, starts, first_inputs, blocks
+
+
 def again(change):
     """Blocks are computed again with other noise or another mask."""
 
@@ -659,7 +668,7 @@ OF_BLOCKS = {
     "computed again without the mask": again(lambda noise, mask: (noise, None)),
     "computed again without noise": again(lambda noise, mask: ((None, None), mask)),
     "computed again of other inputs": broken(
-        "engine.kept.cut", takes(lambda x, start, size, axis=1: (x, 0, size, axis))
+        BACKWARD + "computed_again", takes(of_first_inputs)
     ),
     "computed again as a whole without noise": broken(
         RECURRENCE + "forward", constants(noise=(None, None))

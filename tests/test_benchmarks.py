@@ -170,6 +170,7 @@ def test_rows_of_checkpoints(at_once, tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_rows_of_an_output_layer(at_once):
     import checkpointing
     import contestants
@@ -184,6 +185,7 @@ def test_rows_of_an_output_layer(at_once):
     assert data == pytest.approx(720 / 2**20) and states == pytest.approx(288 / 2**20)
 
 
+@pytest.mark.slow
 def test_a_failure_is_left_alone(at_once):
     import checkpointing
     import contestants
@@ -210,6 +212,7 @@ def test_checkpoints_that_disagree_are_refused(monkeypatch):
         checkpointing.agreeing([checkpointing.STORED, "wrong"], case)
 
 
+@pytest.mark.slow
 def test_a_process_measures_time_and_memory():
     import checkpointing
     import memory

@@ -144,6 +144,7 @@ def test_the_first_epoch_of_a_later_fit_is_measured():
     assert epoch_of(logger, model, 3)["rnn_factor"] == pytest.approx(0.25, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_without():
     def trained(*callbacks):
         keras.utils.set_random_seed(1)

@@ -876,6 +876,7 @@ def test_half_precision(policy, name):
     assert_layer_clips(options, wanted, x, targets)
 
 
+@pytest.mark.slow
 def test_a_fit_in_float16():
     """The optimizer scales the loss, and finds the scale while it trains."""
     x, targets = data()[0].astype("float32"), late(data()[1]).astype("float32")

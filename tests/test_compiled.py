@@ -69,6 +69,7 @@ def whole(configurations):
     return [{"timesteps": 10, "whole": True} | c for c in configurations]
 
 
+@pytest.mark.slow
 def test_compiled_or_not(tmp_path):
     assert_right(results(tmp_path, [*FAULTS, *whole(WHOLE)]))
 

@@ -42,7 +42,7 @@ def _importable():
 
 
 LITERT = {
-    "LiteRT, saved model": ["sequence, Masking", "last output"],
+    "LiteRT, saved model": ["sequence, Masking"],
     "LiteRT, Keras model of batch 1": [],
     "LiteRT, export": [],
     "LiteRT, export of batch 1": [],

@@ -138,7 +138,7 @@ def split(case):
 
 IN_GRAPHS = ["mask, sequence", "softmax, mask, dropout", "gelu"]
 PLAIN = [*IN_GRAPHS, "last output", "sequence", "mask, zero output", "unrolled"]
-PLAIN += ["dropout", "backwards, no bias"]
+PLAIN += ["dropout"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ PLAIN += ["dropout", "backwards, no bias"]
             "plain": case in PLAIN,
             "xla": case == IN_GRAPHS[0],
             "eager": False,
-            "graph": case == IN_GRAPHS[2],
+            "graph": False,
         }[mode],
     ),
 )
@@ -185,7 +185,7 @@ def test_third_order(case):
     assert_derivatives(3, "plain", options, **call)
 
 
-@in_modes("graph")
+@in_modes()
 def test_third_order_in_every_mode(mode):
     assert_derivatives(3, mode, {"return_sequences": True})
 
@@ -235,6 +235,7 @@ def test_hessian(mode):
     assert np.linalg.matrix_rank(expected) == 8
 
 
+@pytest.mark.slow
 def test_gradient_penalty_in_fit():
     """A penalty on the gradient of the inputs, as of a critic: trained by the second."""
 

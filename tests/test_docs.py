@@ -56,7 +56,7 @@ def importable(name):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] * (page.parent != ROOT))
+        pytest.param(page, marks=pytest.mark.slow)
         for page in PAGES
         if page.name != "api.md"  # made of docstrings, which are tested
     ],

@@ -215,6 +215,7 @@ def test_known_lines_of_the_start_alone_are_left_out(tmp_path, level, left_out):
     assert finished.stderr == (START_UP + TROUBLE).removeprefix(left_out)
 
 
+@pytest.mark.slow
 def test_tensorflow_starts_quietly(tmp_path):
     """As it is installed here; what is written afterwards is shown."""
     code = (
@@ -290,6 +291,7 @@ def check_results_of_digits(path):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_export_stores_gradients_of_simplernn(tmp_path):
     """The SavedModel's own gradient against them, of two inputs and an embedding."""
     common = load("common.py")
@@ -505,6 +507,7 @@ def test_pieces_are_the_same_whenever_asked_for(long_sequences, pieces):
     assert [bool(weight) for weight in weights] == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 def test_pieces_have_the_gradient_of_the_whole(long_sequences, pieces):
     network = long_sequences.Network(pieces, 1)
     # The state matters, and all of it, where the recurrent kernel is no identity.
@@ -518,6 +521,7 @@ def test_pieces_have_the_gradient_of_the_whole(long_sequences, pieces):
         long_sequences.difference([g * 1.001 for g in gradients], whole)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_memory_have_the_same_gradient(long_sequences):
     _, stored = long_sequences.in_memory(None, 50)
     _, again = long_sequences.in_memory("sqrt", 50)

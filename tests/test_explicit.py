@@ -307,6 +307,7 @@ def test_memory_is_given_back(form, order):
     assert tensors_alive() <= before
 
 
+@pytest.mark.slow
 @MEMORY
 def test_memory_of_a_call_without_gradient_is_given_back_at_once(form):
     """Not left to the garbage collector, which counts objects and not their size."""

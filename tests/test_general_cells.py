@@ -1073,9 +1073,7 @@ SECOND_ORDER = {
                 ("projected", "mask", "plain"),
                 ("projected", "factors", "plain"),
                 ("driven", "windows", "plain"),
-                ("matrix", "last", "plain"),
                 ("matrix", "sliding, last", "plain"),
-                ("matrix", "mask", "eager"),
                 ("matrix", "sequence", "xla"),
             ]
         ),

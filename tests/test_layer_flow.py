@@ -206,7 +206,9 @@ def test_advice_names_the_cause():
 # --- units that let nothing through
 
 
-@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu"])
+@pytest.mark.parametrize(
+    "name", ["tanh", pytest.param("sigmoid", marks=pytest.mark.slow), "relu"]
+)
 @without_graphs()
 def test_saturated_and_dead_units_are_counted(name):
     """With biases so large that some units are out of reach, whatever comes in."""

@@ -222,7 +222,7 @@ def test_factor_at_h_0_would_be_seen(monkeypatch):
 # --- One draw a call
 
 
-@in_modes("eager", "xla")
+@in_modes("eager")
 def test_draws_follow_the_seed(mode):
     """The same first call of equal layers, then others."""
     x = random_inputs(B, T, D)

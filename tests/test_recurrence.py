@@ -586,7 +586,7 @@ def test_second_order(activation, return_sequences):
     check_second_order(MODULES, activation, return_sequences=return_sequences)
 
 
-@in_modes("xla")
+@in_modes()
 def test_second_order_in_graphs(mode):
     check_second_order(MODULES, "tanh", mode, return_sequences=True, go_backwards=True)
 

@@ -21,6 +21,7 @@ def small_model(**options):
 # --- Threads
 
 
+@pytest.mark.slow
 def test_threads_share_an_exported_model(tmp_path):
     """Each finds what one alone finds, of inputs of different sizes at the same time."""
     model = small_model(truncation=Truncation(4, 2), return_sequences=True)

@@ -40,6 +40,7 @@ def test_model_is_small_and_complete(name):
     assert still == ([(16, 16)] if name == "flowers" else [])
 
 
+@pytest.mark.slow
 def test_models_give_what_is_stored(tmp_path):
     for name in NAMES:
         copy(name, tmp_path)
