@@ -13,6 +13,7 @@ import pathlib
 import sys
 import types
 
+import draw_architecture
 import draw_bptt
 import write_api
 
@@ -87,6 +88,7 @@ def main(folder=ROOT):
     draw_other_examples(folder)
     draw_benchmarks(folder)
     draw_bptt.draw_all(folder / "docs/bptt")
+    draw_architecture.draw_all(folder / "docs/architecture")
     write_api.write(folder / "docs")
     filled = importlib.import_module("pages").filled
     page = (ROOT / "examples/README.md").read_text()

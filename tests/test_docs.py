@@ -5,12 +5,14 @@ A block behind a line `<!-- needs NAME -->` is left out where NAME cannot be imp
 
 import doctest
 import importlib.util
+import inspect
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -200,6 +202,27 @@ def test_figures_of_the_derivation_are_drawn(draw_bptt, tmp_path):
         assert path.read_bytes() == same.read_bytes()
         assert 10_000 < path.stat().st_size < 150_000
         assert (ROOT / "docs" / "bptt" / path.name).stat().st_size < 150_000
+
+
+def test_the_architecture_names_what_is_there(tmp_path):
+    """The page and its figure: modules that exist, and every option of the layer."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    figure = load("draw_architecture")
+    modules = re.findall(r"`((?:\w+/)*\w+\.py)`", page)
+    modules += [
+        f"{name}.py" for *_, names in figure.OPTIONS for name in names.split(", ")
+    ]
+    modules += [f"{note}.py" for *_, note in figure.BOXES.values() if "/" in note]
+    assert len(modules) > 20
+    missing = [m for m in modules if not (ROOT / "keras_bptt" / m).exists()]
+    assert not missing
+    own = set(inspect.signature(keras_bptt.BPTTRNN).parameters)
+    own -= set(inspect.signature(keras.layers.SimpleRNN).parameters)
+    unsaid = [option for option in own if f"`{option}`" not in page]
+    assert unsaid == ["output_activation"]
+    drawn = figure.draw_all(tmp_path)
+    assert drawn.read_bytes() == figure.draw_all(tmp_path / "again").read_bytes()
+    assert 10_000 < drawn.stat().st_size < 150_000
 
 
 def test_what_the_figures_of_the_derivation_show(draw_bptt):
