@@ -49,13 +49,17 @@ IN_TWO := --numprocesses 2 --dist loadfile
 test: $(VENV)/.installed-test  ## Run the tests
 	$(BIN)/python -m pytest -m "not slow" $(IN_TWO) $(TESTS)
 
+# A folder of tests, such as engine: make test-slow PART=engine
+PART ?=
+TESTS ?= $(addprefix tests/,$(PART))
+
 # pytest ends with status 5 where it collects no test, which is no failure here.
-test-slow: $(VENV)/.installed-test  ## Run the tests that take long
+test-slow: $(VENV)/.installed-test  ## Run the tests that take long (hours; PART=engine: a part)
 	$(BIN)/python -m pytest -m slow $(IN_TWO) $(TESTS) || [ $$? -eq 5 ]
 
 # Of the layer and its truncation the tests in which tf.function calls it, as `fit` does, and
 # all of exports and `convert`: make test-oldest TESTS='$(CORE)'
-CORE := $(addprefix tests/test_,layers.py truncation_layer.py export.py convert.py) \
+CORE := $(addprefix tests/layers/test_,bptt_rnn.py layer_truncation.py export.py convert.py) \
 	-k "graph or export or convert"
 
 test-oldest:  ## Run the tests with the oldest Python, TensorFlow and Keras of setup.cfg

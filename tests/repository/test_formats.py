@@ -22,7 +22,7 @@ from packaging.version import Version
 
 from keras_bptt import BPTTRNN
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PLAIN, UNROLLED = "BPTTRNN, `unroll=1`", "BPTTRNN, `unroll=True`, 7 steps"
 pytestmark = [
     # What the converters themselves do: a deprecated name in Keras, a protocol of NumPy 2.

@@ -19,7 +19,7 @@ from helpers import FLOAT32
 
 from keras_bptt import BPTTRNN
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))  # for what examples share
 SHARED = {"basics.py", "common.py"}
 NAMES = sorted({path.name for path in EXAMPLES.glob("*.py")} - SHARED)

@@ -13,7 +13,7 @@ import numpy as np
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
 from keras_bptt.layers.inside import layers_inside
 
-FOLDER = pathlib.Path(__file__).parent / "stored"
+FOLDER = pathlib.Path(__file__).parents[1] / "stored"
 
 
 def test_a_file_of_an_earlier_version():

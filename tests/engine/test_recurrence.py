@@ -14,7 +14,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import MODULES
 from helpers import (
     MODES,
     WAYS,
@@ -23,6 +22,7 @@ from helpers import (
     relative_error,
     rng,
 )
+from plain_rnn import MODULES
 
 from keras_bptt import reference
 

@@ -3,7 +3,7 @@
 Without options it is compared with the NumPy reference; with masks, dropout and the other
 options with automatic differentiation of the equations, written out step by step below;
 truncated with the brute force of `truncated_reference`. `test_breaks.py` shows that the
-checks can fail. `test_output_layer_of_layer.py` has the layer.
+checks can fail. `test_layer_output.py` has the layer.
 """
 
 import itertools
@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import MODULES
 from helpers import FLOAT64, MODES, WAYS, few, relative_error, rng
+from plain_rnn import MODULES
 
 import keras_bptt.cells.activations
 import keras_bptt.engine.blocks

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parents[1]
 # The rounding of some thousand sums, of numbers near 1.
 BOUNDS = {"float64": 1e-10, "float32": 1e-4}
 

@@ -11,8 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import MODULES, Constants, Recurrence, arguments_of
 from helpers import relative_error, without_graphs
+from plain_rnn import MODULES, Constants, Recurrence, arguments_of
 from tensorflow.python.eager import context  # no public name tells what grappler makes
 from test_checkpoints import EVERY, SHAPE, B, D, H, T, bound
 from test_recurrence import random_problem

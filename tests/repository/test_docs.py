@@ -18,7 +18,7 @@ import pytest
 
 import keras_bptt
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [
     page
     for page in sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("*/*.md"))

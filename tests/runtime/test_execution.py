@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import Recurrence
 from helpers import (
     FLOAT64,
     MODES,
@@ -28,6 +27,7 @@ from helpers import (
     relative_error,
     rng,
 )
+from plain_rnn import Recurrence
 from tensorflow.core.protobuf import saved_model_pb2
 
 import keras_bptt.cells.activations

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import Constants, Recurrence, recurrence
 from helpers import MODES, rng
+from plain_rnn import Constants, Recurrence, recurrence
 
 from keras_bptt.cells.activations import resolve
 from keras_bptt.runtime import explicit as module

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (3, 6, 2, 4)
 NAMES = ["BPTTRNN", "SimpleRNN, graph"]
 

@@ -1,6 +1,6 @@
 """Checkpoints with a truncation: windows that go back through time side by side.
 
-Against the brute force of `truncated_reference`, as `test_truncated.py` compares the pass
+Against the brute force of `truncated_reference`, as `test_windows.py` compares the pass
 that takes all windows back at once. `test_breaks.py` shows that the checks can fail.
 """
 
@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import each
 from helpers import rng, without_graphs
-from test_truncated import (
+from plain_rnn import each
+from test_windows import (
     FLOAT32,
     MASKS,
     MODULES,

@@ -2,8 +2,8 @@
 
 Gradients are compared with those of the same call that keeps every state, once with the
 NumPy reference, and bit for bit where both walk the same blocks. `test_breaks.py` shows
-that the checks can fail, `test_checkpoint_memory.py` has what is kept, `test_sliding.py`
-checkpoints with a truncation.
+that the checks can fail, `test_checkpoint_memory.py` has what is kept,
+`test_sliding_windows.py` checkpoints with a truncation.
 """
 
 import functools
@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import MODULES
 from helpers import FLOAT64, few, in_modes, relative_error, rng
+from plain_rnn import MODULES
 from test_recurrence import (
     MASKS,
     Problem,

@@ -16,7 +16,7 @@ import pytest
 from helpers import FLOAT32, few, relative_error
 from packaging.version import Version
 
-SCRIPT = pathlib.Path(__file__).with_name("devices.py")
+SCRIPT = pathlib.Path(__file__).parents[1] / "devices.py"
 
 
 def start(job, folder, *arguments, **environment):

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_adjoints
 import test_checkpoints
 import test_clipping
 import test_explicit
@@ -18,12 +19,10 @@ import test_general_cells
 import test_half_precision
 import test_higher_orders
 import test_output_layer
-import test_probe
 import test_recurrence
-import test_sliding
-import test_truncated
+import test_sliding_windows
+import test_windows
 from breaks import BREAKS
-from engine import MODULES
 from helpers import (
     FLOAT64,
     MODES,
@@ -33,6 +32,7 @@ from helpers import (
     rng,
     without_graphs,
 )
+from plain_rnn import MODULES
 
 from keras_bptt import BPTTRNN
 from keras_bptt.runtime import explicit
@@ -105,9 +105,9 @@ CHECKS = {
         activation="gelu", return_sequences=False, keep_states=False
     ),
     "recurrence, second order": test_recurrence.check_second_orders,
-    "adjoints": test_probe.check,
+    "adjoints": test_adjoints.check,
     "adjoints, backwards": alone(
-        test_probe.test_equals_the_reference_path_by_path,
+        test_adjoints.test_equals_the_reference_path_by_path,
         *("tanh", "full", 0.8, "mixed", True, 2),
     ),
     "growth": alone(test_clipping.check, masked=True),
@@ -120,7 +120,7 @@ CHECKS = {
         return_sequences=True,
         adjoint_clipnorm=0.7,
     ),
-    "long chunks": functools.partial(test_truncated.check, (7, 7)),
+    "long chunks": functools.partial(test_windows.check, (7, 7)),
     "layer, square": functools.partial(
         test_output_layer.check_reference, shape="square"
     ),
@@ -140,8 +140,8 @@ CHECKS = {
     ),
 }
 for prefix, checks in {
-    "truncated": test_truncated.CHECKS,
-    "sliding": test_sliding.CHECKS,
+    "truncated": test_windows.CHECKS,
+    "sliding": test_sliding_windows.CHECKS,
     "layer": test_output_layer.CHECKS,
     "checkpoints": test_checkpoints.CHECKS,
 }.items():

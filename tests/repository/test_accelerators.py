@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     Version(tf.__version__) < Version("2.21"),
     reason="an older TensorFlow may write no StableHLO, as 2.16 does not",
 )
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks" / "accelerators"
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "accelerators"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import MODULES, Constants, arguments_of
 from helpers import (
     FLOAT64,
     MIXED_MASK,
@@ -21,6 +20,7 @@ from helpers import (
     rng,
     without_graphs,
 )
+from plain_rnn import MODULES, Constants, arguments_of
 
 from keras_bptt.engine.recurrence import recurrence
 from keras_bptt.flow.measurement import linearised

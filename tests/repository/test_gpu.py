@@ -21,7 +21,7 @@ import tensorflow as tf
 from helpers import FLOAT32, relative_error, without_graphs
 from packaging.version import Version
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "accelerators"
 # With JAX and without TensorFlow, as `make accelerators` makes it.
 WITH_JAX = ROOT / ".venv-accelerators" / "bin" / "python"

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # What writes files that git keeps, among the lines that the commands run.
 OVERWRITES = re.compile(
     r"--output-dir (saved_models|docs)|docs/build\.py|benchmarks/report\.py"

@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from engine import MODULES, arguments_of, each
 from helpers import (
     FLOAT64,
     MODES,
@@ -23,6 +22,7 @@ from helpers import (
     rng,
     without_graphs,
 )
+from plain_rnn import MODULES, arguments_of, each
 
 import keras_bptt.cells.activations
 import keras_bptt.engine.parts

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-FOLDER = pathlib.Path(__file__).parents[1] / "saved_models"
+FOLDER = pathlib.Path(__file__).parents[2] / "saved_models"
 NAMES = ["draw_digits", "flowers", "read_digits", "sunspots"]
 
 
