@@ -109,9 +109,10 @@ gpu-quick: $(VENV)/.installed $(ACCELERATORS)/.installed  ## The same races on t
 		build/gpu-quick.zip --output build/gpu-quick.json
 	$(BIN)/python benchmarks/accelerators/gpu_table.py build/gpu-quick.json
 
-lint: $(VENV)/.installed-dev  ## Check style and formatting
+lint: $(VENV)/.installed-dev  ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev  ## Put style and formatting right; overwrites the code
 	$(BIN)/ruff check --fix .

@@ -41,7 +41,7 @@ Through Time". A cheat sheet on RNNs and BPTT, whose equations these are.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,12 +52,16 @@ Steps = dict[int, Array]  # step number, counted as on paper -> (batch, ...)
 class Pair(NamedTuple):
     """A function and its derivative: f(z), f'(z), or l(y, o), dl/do(y, o)."""
 
-    value: Callable[..., Array]
-    derivative: Callable[..., Array] | None  # None: it is not elementwise
+    value: Callable[..., Any]
+    derivative: Callable[..., Any]
 
 
 def _sigmoid(z: Array) -> Array:
     return 0.5 * (1.0 + np.tanh(0.5 * z))
+
+
+def _no_slope(s: Array) -> Array:
+    raise TypeError("A softmax mixes the units: it has a Jacobian in place of a slope.")
 
 
 def _softmax(s: Array) -> Array:
@@ -78,7 +82,7 @@ ACTIVATIONS = {
     ),
 }
 # A softmax mixes the units: it has a Jacobian in place of a slope. For g alone.
-OUTPUT_ACTIVATIONS = ACTIVATIONS | {"softmax": Pair(_softmax, None)}
+OUTPUT_ACTIVATIONS = ACTIVATIONS | {"softmax": Pair(_softmax, _no_slope)}
 # Of one output unit; l(y_t, o_t) is the sum over units and batch. The outputs that go
 # into binary_crossentropy are logits: g = "linear"; those into categorical_crossentropy
 # are probabilities: g = "softmax". The inner product makes dL/do_t = y_t / T whatever o_t
@@ -212,7 +216,14 @@ def gradients(x: Array, y: Array, network: Network) -> Gradients:
         e[t] = q @ V.T
     e = _stacked(e)
     hidden = hidden_gradients(x, W, U, b, h_0, f, e)
-    return Gradients(*vars(hidden).values(), dV, dc, d_l, _stacked(d_o), e)
+    return Gradients(
+        **vars(hidden),
+        d_output_kernel=dV,
+        d_output_bias=dc,
+        d_losses=d_l,
+        d_outputs=_stacked(d_o),
+        cotangents=e,
+    )
 
 
 def hidden_gradients(

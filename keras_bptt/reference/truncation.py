@@ -45,7 +45,6 @@ from keras_bptt.reference.simple_rnn import (
     ACTIVATIONS,
     Array,
     HiddenGradients,
-    Pair,
     _by_step,
     _checked,
     _pair,
@@ -193,18 +192,18 @@ def _clipped(a, limit):
 
 
 class _Problem(NamedTuple):
-    """What gradients are of, its functions and arrays checked by `_rows`."""
+    """What gradients are of; `_rows` checks it, and fills in what is None."""
 
     x: Array
     W: Array
     U: Array
     b: Array
     h_0: Array
-    f: Pair
+    f: str | tuple
     e: Array
-    mask: Array
-    r: Array
-    factors: Array
+    mask: Array | None
+    r: Array | None
+    factors: Array | None
 
 
 class _Row:
