@@ -91,7 +91,7 @@ def filler(x, mask):
     found = tf.gather(x, first, batch_dims=1)
     real = tf.reduce_any(mask, 1, keepdims=True)
     found = where(beside(real, found), found)
-    # The last of a batch is found by its number, for no argmax is of an empty batch.
+    # The last example with a real step; by a maximum, for an argmax of no example raises.
     numbers = tf.where(real[:, 0], tf.range(size_of(x, 0)), 0)
     another = tf.maximum(tf.reduce_max(numbers), 0) + tf.zeros_like(first)
     found = tf.where(beside(real, found), found, tf.gather(found, another))
