@@ -15,6 +15,7 @@ import types
 
 import draw_architecture
 import draw_bptt
+import draw_readme
 import write_api
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,11 +90,15 @@ def main(folder=ROOT):
     draw_benchmarks(folder)
     draw_bptt.draw_all(folder / "docs/bptt")
     draw_architecture.draw_all(folder / "docs/architecture")
+    draw_readme.draw_all(folder / "docs/performance")
     write_api.write(folder / "docs")
     filled = importlib.import_module("pages").filled
-    page = (ROOT / "examples/README.md").read_text()
-    page = filled(page, "kinds", table_of_kinds())
-    (folder / "examples/README.md").write_text(page)
+    for name, place, text in (
+        ("examples/README.md", "kinds", table_of_kinds()),
+        ("README.md", "at_a_glance", draw_readme.sentences()),
+    ):
+        page = filled((ROOT / name).read_text(), place, text)
+        (folder / name).write_text(page)
 
 
 if __name__ == "__main__":

@@ -142,8 +142,21 @@ def test_every_figure_is_drawn_again(tmp_path):
     drawn = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
     assert drawn == set(tracked) and len(drawn) >= 15
     assert all((tmp_path / name).stat().st_size > 10_000 for name in drawn)
-    page = pathlib.Path("examples/README.md")
-    assert (tmp_path / page).read_text() == (ROOT / page).read_text(), "run: make docs"
+    for page in ("README.md", "examples/README.md"):
+        written = (tmp_path / page).read_text()
+        assert written == (ROOT / page).read_text(), "run: make docs"
+
+
+def test_the_first_page_says_what_was_measured(tmp_path):
+    """The README's chart and the numbers beside it are those of docs/performance/*.json."""
+    pytest.importorskip("matplotlib")
+    draw_readme = load("draw_readme")
+    page = (ROOT / "README.md").read_text()
+    assert f"\n{draw_readme.sentences()}\n" in page, "run: make docs"
+    first, again = (draw_readme.draw_all(tmp_path / name) for name in ("1", "2"))
+    assert first.read_bytes() == again.read_bytes()
+    assert 10_000 < first.stat().st_size < 200_000
+    assert f"(docs/performance/{first.name})" in page
 
 
 QUOTE = re.compile(r"^```python (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
