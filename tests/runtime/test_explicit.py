@@ -1,12 +1,13 @@
 """The joint between forward and backward: cotangents, constants, cached graphs, memory."""
 
 import gc
+import itertools
 import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import MODES, rng
+from helpers import MODES, few, rng
 from plain_rnn import Constants, Recurrence, recurrence
 
 from keras_bptt.cells.activations import resolve
@@ -97,14 +98,14 @@ def halves(a, explicit=explicit):
     return explicit(forward, backward)(a)
 
 
-def check_broadcast(modules):
+def test_cotangents_of_size_one_are_broadcast():
     """A reloaded SavedModel hands in zeros whose unknown sizes are 1."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, 4))])
     def gradient(a):
         with tf.GradientTape() as tape:
             tape.watch(a)
-            left, right = halves(a, module.explicit)
+            left, right = halves(a)
         return tape.gradient([left, right], a, [left, tf.zeros((1, 2))])
 
     a = tf.constant(rng().normal(size=(3, 4)), "float32")
@@ -113,16 +114,11 @@ def check_broadcast(modules):
     np.testing.assert_array_equal(d_a[:, 2:], tf.zeros((3, 2)))
 
 
-def test_cotangents_of_size_one_are_broadcast():
-    check_broadcast(types.SimpleNamespace(explicit=module))
-
-
 def test_saved_model_with_an_unused_output(tmp_path, mode):
     """The same for real: saved, loaded, one output used, of unknown size."""
     saved = tf.Module()
-    saved.halves = tf.function(
-        lambda a: halves(a), input_signature=[tf.TensorSpec((None, 4))]
-    )
+    spec = tf.TensorSpec((None, 4))
+    saved.halves = tf.function(lambda a: halves(a), input_signature=[spec])
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
     tf.saved_model.save(saved, tmp_path, options=options)
     loaded = tf.saved_model.load(tmp_path).halves
@@ -137,46 +133,32 @@ def test_saved_model_with_an_unused_output(tmp_path, mode):
     np.testing.assert_array_equal(d_a, [[1, 1, 0, 0]] * 3)
 
 
-def test_captured_tensors_are_constants():
-    """What is no argument has no gradient: documented, and relied on for dropout."""
-    factor, x = tf.constant(2.0), tf.constant(3.0)
+def test_constants_have_no_gradient():
+    """Neither what is captured nor a `Derivation`'s own: relied on for dropout."""
+    factor, x = tf.constant([2.0]), tf.constant([3.0])
 
-    def forward(x):
-        return (x * factor,), ()
+    def captured(x):
+        return explicit(
+            lambda x: ((x * factor,), ()), lambda args, y, residuals, d: d[0] * factor
+        )(x)
 
-    def backward(args, outputs, residuals, cotangents):
-        return (cotangents[0] * factor,)
+    def own(x):
+        derivation = Derivation(
+            lambda options, constant, x: ((constant * x,), ()),
+            lambda options, constant, y, residuals, d, x: (constant * d[0],),
+            lambda options, constant, x: (constant * x,),
+        )
+        return explicit_first_order(derivation, None, factor, x)
 
-    with tf.GradientTape() as tape:
-        tape.watch([factor, x])
-        (y,) = explicit(forward, backward)(x)
-    d_factor, d_x = tape.gradient(y, [factor, x])
-    assert d_factor is None
-    assert d_x == 2.0
-
-
-def test_constants_of_a_derivation_have_no_gradient():
-    def scaled(options, constant, x):
-        return (constant * x,)
-
-    def forward(options, constant, x):
-        return (constant * x,), ()
-
-    def backward(options, constant, outputs, residuals, cotangents, x):
-        return (constant * cotangents[0],)
-
-    constant, x = tf.constant([2.0]), tf.constant([3.0])
-    with tf.GradientTape() as outer:
-        outer.watch([constant, x])
-        with tf.GradientTape() as tape:
-            tape.watch([constant, x])
-            (y,) = explicit_first_order(
-                Derivation(forward, backward, scaled), None, constant, x
-            )
-        d_constant, d_x = tape.gradient(y, [constant, x])
-    assert d_constant is None
-    assert d_x == 2.0
-    assert outer.gradient(d_x, constant) is None
+    for form in (captured, own):
+        with tf.GradientTape() as outer:
+            outer.watch([factor, x])
+            with tf.GradientTape() as tape:
+                tape.watch([factor, x])
+                (y,) = form(x)
+            d_factor, d_x = tape.gradient(y, [factor, x])
+        assert d_factor is None and d_x == 2.0
+        assert form is captured or outer.gradient(d_x, factor) is None
 
 
 def check_residuals(modules, wrap):
@@ -216,55 +198,40 @@ def test_vjp_of_an_unconnected_argument_is_zero(mode):
     np.testing.assert_array_equal(d_b, [0.0, 0.0])
 
 
-# ---------------------------------------------------------------- cached graphs
+# --- Cached graphs
 
 
-class Counted:
-    """A hashable function that counts how often Python runs it."""
+def traced():
+    """A function to be run, and the options of each time that Python runs it."""
+    seen = []
 
-    def __init__(self):
-        self.runs = 0
-
-    def __call__(self, options, x):
-        self.runs += 1
+    def function(options, x):
+        seen.append(options)
         return x * options
+
+    return function, seen
 
 
 def test_equal_calls_share_a_graph():
-    function = Counted()
-    for value in (1.0, 2.0, 3.0):
-        assert run(function, 2, tf.constant([value])) == 2 * value
-    assert function.runs == 1
-
-
-def test_other_options_have_another_graph():
-    function = Counted()
-    assert run(function, 2, tf.constant([3.0])) == 6
-    assert run(function, 5, tf.constant([3.0])) == 15
-    assert function.runs == 2
-
-
-def test_lengths_share_a_graph():
-    """One graph for the first length, one for all that follow."""
-    function = Counted()
+    """Others have another: one for the first length, one for all that follow."""
+    function, seen = traced()
+    for options, value in itertools.product((2, 5), (1.0, 3.0)):
+        assert run(function, options, tf.constant([value])) == options * value
+    assert seen == [2, 5]
+    function, seen = traced()
     for steps in range(1, 30):
         assert run(function, 2, tf.ones((steps, 3))).shape == (steps, 3)
-    assert function.runs <= 3
+    assert len(seen) <= 3
 
 
 def test_no_graph_of_its_own_inside_a_graph():
-    function = Counted()
-
-    @tf.function
-    def outer(x):
-        return run(function, 2, x)
-
-    outer(tf.constant(1.0))
+    function, _ = traced()
+    outer = tf.function(lambda x: run(function, 2, x))
     operations = outer.get_concrete_function(tf.constant(1.0)).graph.get_operations()
     assert not [op for op in operations if "PartitionedCall" in op.type]
 
 
-# ---------------------------------------------------------------- memory
+# --- Memory
 
 
 def recurrent(a, b):
@@ -273,55 +240,55 @@ def recurrent(a, b):
     return recurrence(options, Constants(), x, tf.eye(3), tf.eye(3), b)
 
 
-MEMORY = pytest.mark.parametrize(
-    "form",
-    [*(pytest.param(f, marks=pytest.mark.slow) for f in (product, fused)), recurrent],
-)
+def called(form, a, b):
+    return form(a, b)
+
+
+def differentiated(form, a, b, times=1):
+    with tf.GradientTape() as tape:
+        tape.watch(a)
+        y = form(a, b) if times == 1 else differentiated(form, a, b, times - 1)
+    return tape.gradient(y, a)
+
+
+def differentiated_twice(form, a, b):
+    return differentiated(form, a, b, 2)
 
 
 def tensors_alive():
-    gc.collect()
     return sum(isinstance(thing, tf.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("order", [pytest.param(1, marks=pytest.mark.slow), 2])
-@MEMORY
-def test_memory_is_given_back(form, order):
-    """Calls, and gradients of gradients, leave no tensor behind."""
+@pytest.mark.parametrize(
+    ("form", "step"),
+    few(
+        itertools.product(
+            (product, fused, recurrent), (called, differentiated, differentiated_twice)
+        ),
+        lambda form, step: (form, step) == (recurrent, differentiated_twice),
+    ),
+)
+def test_memory_is_given_back(form, step):
+    """Calls, and gradients of gradients, leave no tensor behind.
+
+    Those of a call without a gradient go at once, not when the garbage collector comes,
+    which counts objects and not their size.
+    """
     a, b = tf.ones((2, 3)), tf.ones((2, 3))
-
-    def step():
-        with tf.GradientTape() as outer:
-            outer.watch(a)
-            with tf.GradientTape() as tape:
-                tape.watch(a)
-                outputs = form(a, b)
-            gradient = tape.gradient(outputs, a)
-        return gradient if order == 1 else outer.gradient(gradient, a)
-
     for _ in range(3):  # constants of graphs are made once
-        step()
-    before = tensors_alive()
-    for _ in range(20):
-        step()
-    assert tensors_alive() <= before
-
-
-@pytest.mark.slow
-@MEMORY
-def test_memory_of_a_call_without_gradient_is_given_back_at_once(form):
-    """Not left to the garbage collector, which counts objects and not their size."""
-    a, b = tf.ones((2, 3)), tf.ones((2, 3))
-    form(a, b)
-    before = tensors_alive()
-    gc.disable()
+        step(form, a, b)
+    gc.collect()
+    before, some = tensors_alive(), 10 if step is called else 0
+    if step is called:
+        gc.disable()
     try:
-        for _ in range(20):
-            form(a, b)
-        alive = sum(isinstance(thing, tf.Tensor) for thing in gc.get_objects())
+        for _ in range(20 if step is called else 6):
+            step(form, a, b)
+        if step is not called:
+            gc.collect()
+        assert tensors_alive() <= before + some
     finally:
         gc.enable()
-    assert alive <= before + 10
 
 
 def check_second_derivative(modules):
