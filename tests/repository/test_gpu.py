@@ -10,16 +10,27 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import time
 import zipfile
+from unittest import mock
 
+import agreement
+import bundle
+import export
+import export_gpu
+import gpu
+import gpu_table
 import made_up_races
 import numpy as np
+import peaks
+import problem
 import pytest
+import races
 import tensorflow as tf
+import workers
 from helpers import FLOAT32, relative_error, without_graphs
 from packaging.version import Version
+from results import Results
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "accelerators"
@@ -27,42 +38,23 @@ FOLDER = ROOT / "benchmarks" / "accelerators"
 WITH_JAX = ROOT / ".venv-accelerators" / "bin" / "python"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    before = list(sys.path)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path[:] = before
-
-
 def a_race(task="sequence", precision="tf32", timesteps=256):
-    import races
-
     return races.Race(precision, 3, 7, timesteps, task)
 
 
 # Order and time
 
 
-def test_the_grid_is_what_it_is_to_be():
-    import races
-
-    grid = races.FULL
-    found = grid.races()
-    assert len(found) == len(set(found)) == 3 * 2 * 3 * 3 * 4
-    assert {race.units for race in found} == {128, 512, 1024}
-    assert {race.timesteps for race in found} == {256, 1024, 4096}
-    assert {race.batch for race in found} == {16, 128}
-    assert {race.precision for race in found} == {"tf32", "bfloat16", "float32"}
-
-
-def test_the_most_telling_come_first():
+def test_the_most_telling_of_the_grid_come_first():
     """The middle; then what differs from it in one thing, each thing once; and so on."""
-    import races
-
-    grid = races.FULL
+    grid, everything = races.FULL, races.FULL.races()
+    assert len(everything) == len(set(everything)) == 3 * 2 * 3 * 3 * 4
+    assert {race.units for race in everything} == {128, 512, 1024}
+    assert {race.timesteps for race in everything} == {256, 1024, 4096}
+    assert {race.batch for race in everything} == {16, 128}
+    assert {race.precision for race in everything} == {"tf32", "bfloat16", "float32"}
     items = grid.items()
-    assert len(items) == len(set(items)) == 2 * len(grid.races())
+    assert len(items) == len(set(items)) == 2 * len(everything)
     distances = [grid.distance(race) for _, race in items]
     one = sum(len(axis) - 1 for axis in grid.axes())
     first = items[: 2 * (1 + one)]
@@ -74,39 +66,33 @@ def test_the_most_telling_come_first():
         assert seen == set(axis)
 
 
-class Clock:
+@pytest.fixture
+def clock(monkeypatch):
     """Time that passes where somebody measures."""
+    now = mock.Mock(now=0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now.now)
+    return now
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
-
-class MadeUp:
+def made_up_worker(clock, seconds):
     """A worker whose every answer takes so many seconds."""
 
-    def __init__(self, clock, seconds):
-        self.clock, self.seconds, self.asked, self.stops = clock, seconds, [], 0
-
-    def measure(self, what, race, seconds):
-        self.asked.append((what, race))
-        needed = self.seconds(race)
-        if needed > seconds:
-            import workers
-
-            self.clock.now += seconds
+    def measure(what, race, left):
+        needed = seconds(race)
+        clock.now += min(needed, left)
+        if needed > left:
             raise workers.Silence("no answer")
-        self.clock.now += needed
         return {"BPTTRNN": {"ms": {"median": needed}}}
 
-    def stop(self):
-        self.stops += 1
+    return mock.Mock(measure=mock.Mock(side_effect=measure))
+
+
+def asked(worker):
+    return [call.args[:2] for call in worker.measure.call_args_list]
 
 
 @pytest.fixture
 def results(tmp_path):
-    from results import Results
-
     return Results(tmp_path / "gpu.json", {"machine": "made up"})
 
 
@@ -114,35 +100,26 @@ def written(results):
     return json.loads(results.path.read_text())
 
 
-def test_what_does_not_fit_is_left_out_by_name(results, monkeypatch):
+def test_what_does_not_fit_is_left_out_by_name(results, clock):
     """A long race is left out, a shorter one behind it is not; all ends in time."""
-    import gpu
-
-    clock = Clock(monkeypatch)
-    worker = MadeUp(clock, lambda race: race.timesteps / 100)
+    worker = made_up_worker(clock, lambda race: race.timesteps / 100)
     items = [("time", a_race(timesteps=t)) for t in (1000, 2000, 9000, 3000, 4000)]
     gpu.run(items, worker, results, gpu.FIRST_GUESS + 30)
-    assert [race.timesteps for _, race in worker.asked] == [1000, 2000, 3000]
+    assert [race.timesteps for _, race in asked(worker)] == [1000, 2000, 3000]
     left = written(results)["left_out"]
     assert [item["race"]["timesteps"] for item in left] == [9000, 4000]
     assert left[0]["reason"] == "needs 90 s, 40 s are left"
     assert clock.now <= gpu.FIRST_GUESS + 30
 
 
-def test_nothing_begins_without_time(results, monkeypatch):
-    import gpu
-
-    clock = Clock(monkeypatch)
-    worker = MadeUp(clock, lambda race: 1)
+def test_nothing_begins_without_time(results, clock):
+    worker = made_up_worker(clock, lambda race: 1)
     gpu.run([("time", a_race())], worker, results, gpu.FIRST_GUESS - 1)
-    assert not worker.asked and written(results)["left_out"]
+    assert not asked(worker) and written(results)["left_out"]
 
 
-def test_a_race_that_takes_longer_than_expected_is_cut_off(results, monkeypatch):
-    import gpu
-
-    clock = Clock(monkeypatch)
-    worker = MadeUp(clock, lambda race: 10 if race.task == "sequence" else 1000)
+def test_a_race_that_takes_longer_than_expected_is_cut_off(results, clock):
+    worker = made_up_worker(clock, lambda race: 10 if race.task == "sequence" else 1000)
     items = [("time", a_race()), ("time", a_race("last")), ("time", a_race("chunks"))]
     gpu.run(items, worker, results, 100)
     assert clock.now == 100
@@ -151,10 +128,7 @@ def test_a_race_that_takes_longer_than_expected_is_cut_off(results, monkeypatch)
     assert reasons == ["cut off at the end of the time", "needs 10 s, 0 s are left"]
 
 
-def test_every_row_is_in_the_file_before_the_next_begins(results, monkeypatch):
-    import gpu
-
-    clock = Clock(monkeypatch)
+def test_every_row_is_in_the_file_before_the_next_begins(results, clock):
     seen = []
 
     def seconds(race):
@@ -165,7 +139,7 @@ def test_every_row_is_in_the_file_before_the_next_begins(results, monkeypatch):
 
     items = [("time", a_race(task)) for task in ("sequence", "last", "windows")]
     with pytest.raises(KeyboardInterrupt):
-        gpu.run(items, MadeUp(clock, seconds), results, 1000)
+        gpu.run(items, made_up_worker(clock, seconds), results, 1000)
     assert seen == [0, 1, 2]
     assert [row["race"]["task"] for row in written(results)["rows"]] == [
         "sequence",
@@ -173,39 +147,29 @@ def test_every_row_is_in_the_file_before_the_next_begins(results, monkeypatch):
     ]
 
 
-def test_another_call_goes_on(results, monkeypatch):
-    import gpu
-    from results import Results
-
-    clock = Clock(monkeypatch)
+def test_another_call_goes_on(results, clock):
     items = [("time", a_race()), ("memory", a_race()), ("time", a_race("last"))]
-    gpu.run(items[:1], MadeUp(clock, lambda race: 1), results, 1000)
+    gpu.run(items[:1], made_up_worker(clock, lambda race: 1), results, 1000)
     again = Results(results.path, {"machine": "made up"})
-    worker = MadeUp(clock, lambda race: 1)
+    worker = made_up_worker(clock, lambda race: 1)
     gpu.run(items, worker, again, 1000)
-    assert worker.asked == items[1:]
+    assert asked(worker) == items[1:]
     assert len(written(again)["rows"]) == 3
     with pytest.raises(SystemExit, match="of another machine.*Received: other"):
         Results(results.path, {"machine": "other"})
 
 
-def test_an_error_ends_the_process_and_a_disagreement_does_not(results, monkeypatch):
-    import gpu
-
-    clock = Clock(monkeypatch)
-    for failure, stops in [("JaxRuntimeError: INTERNAL", 1), ("disagrees: loss", 0)]:
-        worker = MadeUp(clock, lambda race: 1)
-        monkeypatch.setattr(
-            worker, "measure", lambda *_, f=failure: {"BPTTRNN": {"failure": f}}
-        )
-        results.known["rows"].clear()
-        gpu.run([("time", a_race())], worker, results, 1000)
-        assert worker.stops == stops
+@pytest.mark.parametrize(
+    ("failure", "stops"), [("JaxRuntimeError: INTERNAL", 1), ("disagrees: loss", 0)]
+)
+def test_an_error_alone_ends_the_process(results, clock, failure, stops):
+    worker = mock.Mock()
+    worker.measure.return_value = {"BPTTRNN": {"failure": failure}}
+    gpu.run([("time", a_race())], worker, results, 1000)
+    assert worker.stop.call_count == stops
 
 
 def test_a_process_that_hangs_or_ends_is_given_up():
-    import workers
-
     worker = workers.Worker(made_up_races.serve, "somewhere")
     try:
         assert worker.start(60) == {"platform": "made up", "path": "somewhere"}
@@ -224,30 +188,32 @@ def test_a_process_that_hangs_or_ends_is_given_up():
 
 
 def test_both_frameworks_are_on_one_device():
-    import gpu
-
-    gpu.check({"platform": "gpu", "torch_device": "cuda"})
-    gpu.check({"platform": "cpu", "torch_device": "cpu"})
-    gpu.check({"platform": "gpu"})
-    for machine in (
-        {"platform": "cpu", "torch_device": "cuda"},
-        {"platform": "gpu", "torch_device": "cpu"},
+    for platform, torch in (
+        ("gpu", "cuda"),
+        ("cpu", "cpu"),
+        ("cpu", "cuda"),
+        ("gpu", "cpu"),
     ):
-        with pytest.raises(SystemExit, match="on the same device. Received: JAX on"):
+        machine = {"platform": platform, "torch_device": torch}
+        if (platform == "gpu") == (torch == "cuda"):
             gpu.check(machine)
+        else:
+            with pytest.raises(
+                SystemExit, match="on the same device. Received: JAX on"
+            ):
+                gpu.check(machine)
+    gpu.check({"platform": "gpu"})
 
 
 # Gradients and memory
 
 
 def gradients():
-    rng = np.random.default_rng(5)
-    return [rng.normal(size=size) for size in [(), (2, 3), (3, 3), (3,)]]
+    random = np.random.default_rng(5)
+    return [random.normal(size=size) for size in [(), (2, 3), (3, 3), (3,)]]
 
 
 def test_those_who_disagree_are_named():
-    import agreement
-
     wanted = gradients()
     near, wrong, cut, undefined = (copy.deepcopy(wanted) for _ in range(4))
     near[1][0, 1] += 1e-5
@@ -262,57 +228,38 @@ def test_those_who_disagree_are_named():
     assert "d_bias: shape (2,), not (3,)" in found["cut"][1]
     assert found["undefined"][1] == "disagrees: d_kernel by nan"
     assert found["few"][1].startswith("disagrees: ")
+    found = agreement.judged({"BPTTRNN": wanted}, 1e-4)
+    reason = "nothing to compare with: no gradient of JAX scan"
+    assert found["BPTTRNN"] == (None, reason)
 
 
-def test_without_a_judge_nobody_agrees():
-    import agreement
+def test_a_peak_is_above_what_is_in_use():
+    memory = {"in use": 5_000_000, "peak": 5_000_000}
 
-    found = agreement.judged({"BPTTRNN": gradients()}, 1e-4)
-    assert found["BPTTRNN"] == (
-        None,
-        "nothing to compare with: no gradient of JAX scan",
-    )
-
-
-class Allocator:
-    """Memory in use, and its peak."""
-
-    def __init__(self, in_use):
-        self.in_use = self.peak = in_use
-
-    def step(self, size, result=0):
+    def step(size, result=0):
         def taken():
-            self.peak = max(self.peak, self.in_use + size)
+            memory["peak"] = max(memory["peak"], memory["in use"] + size)
             return result
 
         return taken
 
-    def told(self):
-        return self.in_use, self.peak
+    def peaks_of(*arguments):
+        sizes = {"small": 2_000_000, "large": 9_000_000, "middle": 3_000_000}
+        steps = {name: step(size) for name, size in sizes.items()}
+        found = peaks.peaks(steps | {"failed": step(20_000_000, None)}, *arguments)
+        return [row["mb"] for row in found.values()]
 
-    def reset(self):
-        self.peak = self.in_use
+    def told():
+        return memory["in use"], memory["peak"]
 
-
-def test_a_peak_is_above_what_is_in_use():
-    import peaks
-
-    memory = Allocator(5_000_000)
-    sizes = {"small": 2_000_000, "large": 9_000_000, "middle": 3_000_000}
-    steps = {name: memory.step(size) for name, size in sizes.items()}
-    steps["failed"] = memory.step(20_000_000, None)
-    found = peaks.peaks(steps, memory.told)
     # What the large one took hides the middle one, where nothing begins anew.
-    assert [row["mb"] for row in found.values()] == [2.0, 9.0, None, None]
-    found = peaks.peaks(steps, memory.told, memory.reset)
-    assert [row["mb"] for row in found.values()] == [2.0, 9.0, 3.0, None]
-    found = peaks.peaks(steps, lambda: (None, None))
-    assert {row["mb"] for row in found.values()} == {None}
+    assert peaks_of(told) == [2.0, 9.0, None, None]
+    reset = lambda: memory.update(peak=memory["in use"])  # noqa: E731
+    assert peaks_of(told, reset) == [2.0, 9.0, 3.0, None]
+    assert set(peaks_of(lambda: (None, None))) == {None}
 
 
 def test_the_numbers_are_the_same_for_everyone():
-    import problem
-
     race = a_race("last", timesteps=5)
     first, again = problem.arrays(race), problem.arrays(race)
     np.testing.assert_array_equal(first[0], again[0])
@@ -337,10 +284,6 @@ exports = pytest.mark.skipif(
 @exports
 def test_an_exported_step_is_the_gradient_of_its_task():
     """Truncated, of sequences: what tf.GradientTape gives of the layer itself."""
-    import export_gpu
-    import problem
-    import races
-
     race = dataclasses.replace(a_race("windows"), timesteps=160)
     program = export_gpu.PROGRAMS["BPTTRNN"]
     step, specs = export_gpu.step_of(race, program)
@@ -365,9 +308,6 @@ def test_an_exported_step_is_the_gradient_of_its_task():
 
 @exports
 def test_a_layer_of_other_weights_is_refused(monkeypatch):
-    import export_gpu
-    import races
-
     monkeypatch.setitem(races.CELLS, "rnn", 4)
     with pytest.raises(ValueError, match="must have the shapes.*28.*Received.*7"):
         export_gpu.step_of(a_race(), export_gpu.PROGRAMS["BPTTRNN"])
@@ -376,10 +316,6 @@ def test_a_layer_of_other_weights_is_refused(monkeypatch):
 @exports
 def test_another_contestant_is_an_entry(monkeypatch, tmp_path):
     """It, and no other program, of one task; in a file by the names of its race."""
-    import bundle
-    import export_gpu
-    import races
-
     other = export_gpu.Program(export_gpu.rnn(adjoint_clipnorm=1e-3), ("last",))
     monkeypatch.setattr(export_gpu, "PROGRAMS", {"clipped": other})
     small = dataclasses.replace(races.QUICK, timesteps=(6,))
@@ -398,10 +334,6 @@ def test_another_contestant_is_an_entry(monkeypatch, tmp_path):
 @exports
 def test_full_precision_is_what_tensorflow_would_export():
     """But for the names of places in the source, which are numbered as they come."""
-    import bundle
-    import export
-    import export_gpu
-
     race = a_race("last", timesteps=6)
 
     def text():
@@ -466,8 +398,6 @@ def made_up():
 
 
 def test_rows_of_the_table(made_up):
-    import gpu_table
-
     text = gpu_table.text(made_up)
     first = (
         "Made-up 9000; driver 1, jax 2, python 3; programs exported by TensorFlow 4."
@@ -489,8 +419,6 @@ def test_rows_of_the_table(made_up):
 
 
 def test_the_numbers_of_a_cpu_are_refused(made_up):
-    import gpu_table
-
     made_up["machine"]["platform"] = "cpu"
     with pytest.raises(
         SystemExit, match="a GPU's numbers alone. Received: those of a CPU"
@@ -500,8 +428,6 @@ def test_the_numbers_of_a_cpu_are_refused(made_up):
 
 def test_the_page_says_what_the_file_says(made_up):
     """With no file, that no GPU has run the layer; else its table, and nothing older."""
-    import gpu_table
-
     exists = gpu_table.RESULTS.exists()
     known = json.loads(gpu_table.RESULTS.read_text()) if exists else None
     page = gpu_table.PAGE.read_text(encoding="utf-8")
@@ -518,10 +444,6 @@ def test_the_page_says_what_the_file_says(made_up):
 @exports
 def test_all_of_it_on_a_cpu(tmp_path):
     """Every contestant of every task agrees; a wrong program is reported, and not timed."""
-    import bundle
-    import export_gpu
-    import races
-
     grid = dataclasses.replace(races.QUICK, timesteps=(256,))
     path, wrong = tmp_path / "gpu.zip", tmp_path / "wrong.zip"
     bundle.write(path, {"tensorflow": "1", "quick": True}, export_gpu.programs(grid))
