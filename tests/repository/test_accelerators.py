@@ -2,14 +2,18 @@
 
 import inspect
 import json
-import pathlib
 import re
-import sys
 
+import comparison
+import export
+import hlo
 import keras
 import numpy as np
 import pytest
+import table
 import tensorflow as tf
+import translation
+from configurations import CONFIGURATIONS, QUICK, Configuration
 from helpers import FLOAT32, B, D, H, T, relative_error, without_graphs
 from packaging.version import Version
 
@@ -19,50 +23,33 @@ pytestmark = pytest.mark.skipif(
     Version(tf.__version__) < Version("2.21"),
     reason="an older TensorFlow may write no StableHLO, as 2.16 does not",
 )
-FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks" / "accelerators"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    before = list(sys.path)
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path[:] = before
 
 
 def configuration(masked=False, **options):
-    from configurations import Configuration
-
     return Configuration("step", (B, T, D, H), options, masked)
 
 
 def exported(folder, **options):
     """The list's entry, the program and its data."""
-    import export
-
     entry = export.export(configuration(**options), folder)
     with np.load(folder / "step.npz") as data:
         return entry, (folder / "step.mlir").read_text(), dict(data)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"masked": True},
-        {"output_units": 2, "return_sequences": True, "checkpoint_every": "sqrt"},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_the_program_is_the_training_step(options, tmp_path):
+def products(program):
+    return set(re.findall(r"precision = \[(\w+), (\w+)\]", program))
+
+
+def test_the_program_is_the_training_step(tmp_path):
     """As many arguments as it is told to have; numbers of the layer without all this."""
-    entry, program, data = exported(tmp_path, **options)
+    options = {"output_units": 2, "return_sequences": True, "checkpoint_every": "sqrt"}
+    entry, program, data = exported(tmp_path, masked=True, **options)
     main = next(line for line in program.splitlines() if "@main(" in line)
     assert main.partition("->")[0].count("%arg") == len(entry["arguments"])
     assert main.partition("->")[2].count("tensor<") == len(entry["outputs"])
     assert products(program) == {("DEFAULT", "DEFAULT")}
-    x, y = data["in x"], data["in y"]
-    mask = data.get("in mask")
-    assert mask is None or not np.all(mask)
+    x, y, mask = (data[f"in {name}"] for name in ("x", "y", "mask"))
+    assert not np.all(mask)
 
     layer = configuration(**options).layer()
     count = len(layer.trainable_variables)
@@ -84,8 +71,6 @@ def test_the_program_is_the_training_step(options, tmp_path):
 
 def test_random_numbers_come_from_states_that_are_arguments(tmp_path):
     """Another state is another draw: nothing of it is frozen in the program."""
-    import export
-
     options = {"truncation": RandomizedTruncation(2, seed=1), "recurrent_dropout": 0.5}
     layer = configuration(**options).layer()
     step, given, results = export.training_step(layer)
@@ -105,89 +90,57 @@ def test_random_numbers_come_from_states_that_are_arguments(tmp_path):
         assert relative_error(other, first[place]) > 1e-3
 
 
-@pytest.fixture
-def full_precision():
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    yield
-    tf.config.experimental.enable_tensor_float_32_execution(True)
-
-
-def products(program):
-    return set(re.findall(r"precision = \[(\w+), (\w+)\]", program))
-
-
-def test_full_precision_is_part_of_the_program(tmp_path, full_precision):
+def test_full_precision_is_part_of_the_program(tmp_path):
     """As docs/deploying.md says it is asked for."""
-    _, program, _ = exported(tmp_path)
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        _, program, _ = exported(tmp_path)
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(True)
     assert products(program) == {("HIGHEST", "HIGHEST")}
 
 
-def capturing_a_variable():
-    layer = BPTTRNN(H)
+@pytest.mark.parametrize("what", ["variable", "tensor"])
+def test_what_is_captured_is_refused(what):
+    layer, weight = BPTTRNN(H), tf.random.normal((D, H))
     layer.build((B, T, D))
-    return lambda x: tf.reduce_sum(layer(x, training=True))
-
-
-def capturing_a_tensor():
-    weight = tf.random.normal((D, H))
-    return lambda x: x @ weight
-
-
-@pytest.mark.parametrize("make", [capturing_a_variable, capturing_a_tensor])
-def test_what_is_captured_is_refused(make):
-    import export
-
+    call = {"variable": layer, "tensor": lambda x: x @ weight}[what]
     with pytest.raises(ValueError, match="reads what it was not passed: "):
-        export.stablehlo(make(), [tf.TensorSpec((B, T, D))])
+        export.stablehlo(lambda x: tf.reduce_sum(call(x)), [tf.TensorSpec((B, T, D))])
 
 
 @pytest.mark.parametrize(
     "spec", [tf.TensorSpec((B, None, D)), tf.TensorSpec(None), np.ones((B, T, D))]
 )
 def test_sizes_must_be_known(spec):
-    import export
-
     with pytest.raises(ValueError, match="every size known.* for argument 1"):
         export.stablehlo(lambda w, x: w + x, [tf.TensorSpec(()), spec])
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "count", "message"),
     [
-        ("", None),
-        ("%0 = stablehlo.custom_call @cudnn(%arg0)", "calls of cudnn, which"),
-        ("%0 = stablehlo.abs %arg0 : tensor<3x?x4xf32>", "static shapes"),
-        ("%0 = stablehlo.abs %arg0 : tensor<?xf32>", "static shapes"),
+        ("", 3, "must have 3 arguments.*Received: 2"),
+        ("%0 = stablehlo.custom_call @cudnn(%arg0)", 2, "calls of cudnn, which"),
+        ("%0 = stablehlo.abs %arg0 : tensor<3x?x4xf32>", 2, "static shapes"),
+        ("%0 = stablehlo.abs %arg0 : tensor<?xf32>", 2, "static shapes"),
     ],
 )
-def test_what_one_device_alone_knows_is_refused(body, message):
-    import export
-
+def test_what_one_device_alone_knows_is_refused(body, count, message):
     entry = "func.func @main(%arg0: tensor<f32>, %arg1: tensor<f32>) -> (tensor<f32>) {"
-    program = f"module {{\n{entry}\n{body}\n}}"
-    if message is None:
-        assert export.checked(program, 2) == program
-        with pytest.raises(ValueError, match="must have 3 arguments.*Received: 2"):
-            export.checked(program, 3)
-    else:
-        with pytest.raises(ValueError, match=message):
-            export.checked(program, 2)
+    start, end = f"module {{\n{entry}\n", "\n}"
+    assert export.checked(start + end, 2) == start + end
+    with pytest.raises(ValueError, match=message):
+        export.checked(start + body + end, count)
 
 
 def test_an_operation_of_one_device_is_seen_in_a_program():
     """What TensorFlow writes for one, in its own words."""
-    import export
-
-    def step(x):
-        return tf.linalg.qr(x)[0]
-
     with pytest.raises(ValueError, match="calls of "):
-        export.stablehlo(step, [tf.TensorSpec((4, 4))])
+        export.stablehlo(lambda x: tf.linalg.qr(x)[0], [tf.TensorSpec((4, 4))])
 
 
 def test_differences_are_of_the_largest_number():
-    import comparison
-
     want = {"a": np.array([1.0, -4.0]), "b": np.array([2, 0])}
     found = comparison.differences([[1.0, -3.0], [2, 0]], want)
     assert found == {"a": 0.25, "b": 0.0}
@@ -207,8 +160,6 @@ def test_differences_are_of_the_largest_number():
     ],
 )
 def test_a_comparison_that_proves_nothing_is_refused(output, want, message):
-    import comparison
-
     with pytest.raises(SystemExit, match=message):
         comparison.differences([output], {"a": want})
 
@@ -242,8 +193,6 @@ ENTRY %main (x: f32[3]) -> f32[3] {
 
 
 def test_sequential_steps_are_those_of_the_innermost_loops():
-    import hlo
-
     assert hlo.sequential_steps(HLO) == 5 * 7 + 7
     known_by_a_run = HLO.replace("s32[] constant(5)", "s32[] parameter(0)")
     assert hlo.sequential_steps(known_by_a_run) is None
@@ -252,31 +201,20 @@ def test_sequential_steps_are_those_of_the_innermost_loops():
         hlo.sequential_steps(HLO.replace("direction=LT", "direction=NE"))
 
 
-def test_truth_values_are_unpacked():
-    """Ten of them: two bytes there, ten here. Other constants stay as they are."""
-    import translation
-
-    kept = 'dense<"0x0100000002000000"> : tensor<2xi32>'
-    text = f'dense<"0x0503"> : tensor<2x5xi1>\n{kept}'
-    wanted = "01 00 01 00 00 00 00 00 01 01".replace(" ", "")
-    assert translation.translated(text) == (
-        f'dense<"0x{wanted}"> : tensor<2x5xi1>\n{kept}'
-    )
+def test_what_is_not_stablehlo_is_translated():
+    text = "module @step attributes {mhlo.is_dynamic = false} {\n%1 = mhlo.copy %0\n}"
+    wanted = "module @step {\n%1 = stablehlo.optimization_barrier %0\n}"
+    assert translation.translated(text) == wanted
+    # Ten truth values: two bytes there, ten here. Other constants stay as they are.
+    kept = '\ndense<"0x0100000002000000"> : tensor<2xi32>'
+    text = f'dense<"0x0503"> : tensor<2x5xi1>{kept}'
+    wanted = f'dense<"0x01000100000000000101"> : tensor<2x5xi1>{kept}'
+    assert translation.translated(text) == wanted
     with pytest.raises(ValueError, match="11 truth values.*Received: 1 bytes"):
         translation.translated('dense<"0x05"> : tensor<11xi1>')
 
 
-def test_what_is_not_stablehlo_is_translated():
-    import translation
-
-    text = "module @step attributes {mhlo.is_dynamic = false} {\n%1 = mhlo.copy %0\n}"
-    wanted = "module @step {\n%1 = stablehlo.optimization_barrier %0\n}"
-    assert translation.translated(text) == wanted
-
-
 def test_configurations_cover_every_option_of_the_gradient():
-    from configurations import CONFIGURATIONS, QUICK
-
     names = [configuration.name for configuration in CONFIGURATIONS]
     assert len(set(names)) == len(names) and set(QUICK) < set(names)
     run = set().union(*(c.options for c in CONFIGURATIONS if c.run))
@@ -287,35 +225,24 @@ def test_configurations_cover_every_option_of_the_gradient():
     assert any(c.run for c in chosen) and not all(c.fits for c in chosen)
 
 
-@pytest.fixture
-def results():
-    refused = (
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-        "temporaries (249.87G) exceeds available HBM (15.75G)."
-    )
-    entry = {"shape": [2, 1000, 3, 4], "options": "full BPTT"}
-    devices = {"v4": {"temporaries": 2_600_000, "sequential_steps": 1234}}
-    run = entry | {"run": True, "differences": {"a": 1e-7, "b": 3e-6}}
-    long = {"v5e": {"temporaries": 0, "sequential_steps": None}}
-    return {
-        "tensorflow": "1",
-        "jax": "2",
-        "libtpu": "3",
-        "programs": [
-            run | {"devices": devices},
-            entry | {"run": False, "devices": devices | long},
-            entry | {"run": False, "devices": dict.fromkeys(["v4", "v5e"], {})},
-        ],
-        "refused": refused,
-    }
+ENTRY = {"shape": [2, 1000, 3, 4], "options": "full BPTT", "run": False}
+KNOWN = {"v4": {"temporaries": 2_600_000, "sequential_steps": 1234}}
+LONG = KNOWN | {"v5e": {"temporaries": 0, "sequential_steps": None}}
+REFUSED = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+    "temporaries (249.87G) exceeds available HBM (15.75G)."
+)
+RUN = {"run": True, "differences": {"a": 1e-7, "b": 3e-6}, "devices": KNOWN}
+RESULTS = {"tensorflow": "1", "jax": "2", "libtpu": "3"}
+RESULTS["programs"] = [
+    ENTRY | RUN,
+    ENTRY | {"devices": LONG},
+    ENTRY | {"devices": dict.fromkeys(LONG, {"refused": REFUSED})},
+]
 
 
-def test_rows_of_the_tables(results):
-    import table
-
-    last = results["programs"][-1]["devices"]
-    last.update(dict.fromkeys(last, {"refused": results["refused"]}))
-    rows = table.tables(results)
+def test_rows_of_the_tables():
+    rows = table.tables(RESULTS)
     assert rows["accelerators_versions"] == "tensorflow 1, jax 2, libtpu 3"
     (row,) = rows["accelerators_programs"].splitlines()[2:]
     assert row == "| `full BPTT` | 3.0e-06 | 1,234 |"
@@ -324,14 +251,11 @@ def test_rows_of_the_tables(results):
     assert second.endswith("| – | refused: 249 GiB of 15 | refused: 249 GiB of 15 |")
 
 
-def test_the_page_has_a_place_for_every_table(results, tmp_path, monkeypatch):
-    import table
-
-    results["programs"].pop()
+def test_the_page_has_a_place_for_every_table(tmp_path, monkeypatch):
     copy = tmp_path / table.PAGE.name
     copy.write_text(table.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(table, "PAGE", copy)
-    table.write(results)
+    table.write(RESULTS)
     assert "| (2, 1,000, 3, 4) | `full BPTT` |" in copy.read_text(encoding="utf-8")
     written = json.loads((tmp_path / "deploying" / "accelerators.json").read_text())
-    assert written == results
+    assert written == RESULTS

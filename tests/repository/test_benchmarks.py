@@ -1,34 +1,34 @@
 """The benchmarks measure what they say, and refuse contestants that disagree."""
 
-import pathlib
+import argparse
 import subprocess
-import sys
+from unittest import mock
 
+import checkpointing
+import contestants
+import memory
 import numpy as np
 import pytest
+import report
+import timing
+import training_step
+import truncation
+from contestants import Case
+from helpers import few
 
-ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (3, 6, 2, 4)
 NAMES = ["BPTTRNN", "SimpleRNN, graph"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
 @pytest.mark.parametrize(
     "options",
-    [{}, {"masked": True}, pytest.param({"dropout": 0.3}, marks=pytest.mark.slow)],
-    ids=str,
+    few(
+        [({},), ({"masked": True},), ({"dropout": 0.3},)],
+        lambda options: "masked" in options,
+    ),
 )
 def test_a_row_of_the_table(options):
-    import contestants
-    import training_step
-
-    case = contestants.Case(*SMALL, **options)
+    case = Case(*SMALL, **options)
     result = training_step.measure(case, 0, NAMES)
     assert result["largest_relative_difference"] < contestants.TOLERANCE
     assert list(result["ms"]) == NAMES
@@ -38,51 +38,49 @@ def test_a_row_of_the_table(options):
     assert row.count("–") == len(contestants.CONTESTANTS) - 2 + 1  # and the quartiles'
 
 
-def test_a_wrong_contestant_is_refused(monkeypatch):
-    import contestants
+def wrong(make):
+    """A contestant whose gradients are a thousandth too long."""
 
-    def wrong(case, data):
-        step = contestants.keras_step(contestants.BPTTRNN)(case, data)
+    def contestant(case, data):
+        step = make(case, data)
         return lambda: [gradient * 1.001 for gradient in step()]
 
-    monkeypatch.setitem(contestants.CONTESTANTS, "wrong", wrong)
+    return contestant
+
+
+def test_a_wrong_contestant_is_refused(monkeypatch):
+    make = contestants.keras_step(contestants.BPTTRNN)
+    monkeypatch.setitem(contestants.CONTESTANTS, "wrong", wrong(make))
     with pytest.raises(SystemExit, match="wrong differs from SimpleRNN, graph"):
-        contestants.contestants(contestants.Case(*SMALL), [*NAMES, "wrong"])
+        contestants.contestants(Case(*SMALL), [*NAMES, "wrong"])
+    make = checkpointing.LAST[checkpointing.STORED]
+    monkeypatch.setitem(checkpointing.LAST, "wrong", wrong(make))
+    with pytest.raises(SystemExit, match="wrong differs from every state kept"):
+        case = Case(*SMALL, sequences=False)
+        checkpointing.agreeing([checkpointing.STORED, "wrong"], case)
 
 
 def test_a_missing_contestant_is_a_line(monkeypatch):
-    import contestants
-
-    def missing(case, data):
-        raise ImportError("No module named 'peer'")
-
-    monkeypatch.setitem(contestants.CONTESTANTS, "peer", missing)
-    case = contestants.Case(*SMALL)
-    steps, lines, _ = contestants.contestants(case, [*NAMES, "peer"])
+    peer = mock.Mock(side_effect=ImportError("No module named 'peer'"))
+    monkeypatch.setitem(contestants.CONTESTANTS, "peer", peer)
+    steps, lines, _ = contestants.contestants(Case(*SMALL), [*NAMES, "peer"])
     assert list(steps) == NAMES
     assert lines == ["peer: not measured, No module named 'peer'"]
 
 
 def test_the_masked_problem_has_padded_examples():
-    import contestants
-
-    mask = contestants.problem(contestants.Case(20, 10, 2, 3, masked=True))["mask"]
+    mask = contestants.problem(Case(20, 10, 2, 3, masked=True))["mask"]
     assert np.all(mask[:, 0]) and not np.all(mask)
 
 
 def test_the_limit_counts_multiply_adds():
     """By hand: x W, x^T delta: D H each; h U, delta U^T, h^T delta: H H each."""
-    import contestants
-    import timing
-
-    case = contestants.Case(3, 5, 2, 4)
+    case = Case(3, 5, 2, 4)
     assert case.multiply_adds == 3 * 5 * (2 * 2 * 4 + 3 * 4 * 4)
     assert timing.limit(2.0, timing.SIDE**3 // 2) == 1.0
 
 
 def test_every_function_is_timed_every_round():
-    import timing
-
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = timing.interleaved(functions, 0, rounds=3)
@@ -91,8 +89,6 @@ def test_every_function_is_timed_every_round():
 
 
 def test_the_page_has_a_place_for_every_table():
-    import report
-
     page = report.PAGE.read_text(encoding="utf-8")
     for name, (_, table, _) in report.BENCHMARKS.items():
         if table is not None:
@@ -104,8 +100,6 @@ def test_the_page_has_a_place_for_every_table():
 @pytest.mark.slow
 def test_memory_grows_by_what_is_kept():
     """h and x, of a hundred steps, in a process of its own."""
-    import memory
-
     peak = memory.peak_of_a_process("BPTTRNN", False, 16)
     assert peak > 100
     assert memory.data_mb(True, 2**20 // (32 * 4)) == (32.0 + 128.0, 128.0)
@@ -113,9 +107,6 @@ def test_memory_grows_by_what_is_kept():
 
 @pytest.mark.parametrize("text", ["1,2,3", "a", "1,2,3,0"])
 def test_wrong_shapes(text):
-    import argparse
-
-    import training_step
 
     with pytest.raises(argparse.ArgumentTypeError, match="B,T,D,H"):
         training_step.parse_shape(text)
@@ -124,8 +115,6 @@ def test_wrong_shapes(text):
 @pytest.fixture
 def at_once(monkeypatch):
     """Processes that take 7 s and 3 MB a timestep, or fail; returns their calls."""
-    import memory
-
     calls = []
 
     def numbers(name, *case, script, limit):
@@ -142,28 +131,19 @@ def at_once(monkeypatch):
 
 @pytest.mark.slow
 def test_rows_of_checkpoints(at_once, tmp_path):
-    import checkpointing
-    import contestants
-
-    case = contestants.Case(3, 9, 2, 4, sequences=False)
+    case = Case(3, 9, 2, 4, sequences=False)
     names = [checkpointing.STORED, "c = 2", "c = 4", checkpointing.ROOT]
     results = checkpointing.curve(0, case, [*names, *checkpointing.SIMPLE])
     rows = {row["name"]: row for row in results["rows"]}
     failures = [row["failure"] for row in rows.values()]
-    assert failures == [
-        None,
-        "died",
-        None,
-        None,
-        None,
-        f"more than {checkpointing.LIMIT} s",
-    ]
+    late = f"more than {checkpointing.LIMIT} s"
+    assert failures == [None, "died", None, None, None, late]
     assert rows["c = 4"]["growth_mb"] == 3 * (9 - 8)
     assert rows["c = 4"]["ms"]["median"] > 0 and rows["c = 2"]["ms"] is None
     table = checkpointing.table_of_curve(results).splitlines()
     assert table[2].startswith("| every state kept | 1.00 | 3 |")
     assert table[3] == "| c = 2 | died | – |"
-    assert table[7] == f"| SimpleRNN, XLA | more than {checkpointing.LIMIT} s | – |"
+    assert table[7] == f"| SimpleRNN, XLA | {late} | – |"
     assert table[8].startswith("| *x alone*") and table[9].startswith("| *h alone*")
     pytest.importorskip("matplotlib").use("Agg")
     checkpointing.plot(results, tmp_path / "curve.png")
@@ -172,10 +152,7 @@ def test_rows_of_checkpoints(at_once, tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_an_output_layer(at_once):
-    import checkpointing
-    import contestants
-
-    case = contestants.Case(*SMALL)
+    case = Case(*SMALL)
     results = checkpointing.output_layer(case)
     names = list(checkpointing.WITH_OUTPUT_LAYER)
     assert [name for name, *_ in at_once] == [n for n in names for _ in range(2)] * 2
@@ -187,10 +164,7 @@ def test_rows_of_an_output_layer(at_once):
 
 @pytest.mark.slow
 def test_a_failure_is_left_alone(at_once):
-    import checkpointing
-    import contestants
-
-    case = contestants.Case(3, 9, 2, 4, sequences=False)
+    case = Case(3, 9, 2, 4, sequences=False)
     results = checkpointing.long(case)
     xla = [call for call in at_once if call[0] == "SimpleRNN, XLA"]
     assert [steps for _, steps, _ in xla] == [8, 9]  # and not in the second run
@@ -198,42 +172,22 @@ def test_a_failure_is_left_alone(at_once):
     assert given_up in checkpointing.table(results)
 
 
-def test_checkpoints_that_disagree_are_refused(monkeypatch):
-    import checkpointing
-    import contestants
-
-    def wrong(case, data):
-        step = checkpointing.LAST[checkpointing.STORED](case, data)
-        return lambda: [gradient * 1.001 for gradient in step()]
-
-    monkeypatch.setitem(checkpointing.LAST, "wrong", wrong)
-    case = contestants.Case(*SMALL, sequences=False)
-    with pytest.raises(SystemExit, match="wrong differs from every state kept"):
-        checkpointing.agreeing([checkpointing.STORED, "wrong"], case)
-
-
 @pytest.mark.slow
 def test_a_process_measures_time_and_memory():
-    import checkpointing
-    import memory
+    def numbers(limit):
+        arguments = checkpointing.ROOT, *SMALL, False
+        script = checkpointing.__file__
+        return memory.numbers_of_a_process(*arguments, script=script, limit=limit)
 
-    arguments = checkpointing.ROOT, *SMALL, False
-    seconds, mb = memory.numbers_of_a_process(
-        *arguments, script=checkpointing.__file__, limit=300
-    )
+    seconds, mb = numbers(300)
     assert 0 < seconds < 100 < mb
     with pytest.raises(subprocess.TimeoutExpired):
-        memory.numbers_of_a_process(
-            *arguments, script=checkpointing.__file__, limit=0.1
-        )
+        numbers(0.1)
 
 
 @pytest.mark.slow
 def test_rows_of_truncation():
-    import contestants
-    import truncation
-
-    case = contestants.Case(*SMALL)
+    case = Case(*SMALL)
     (result,) = results = truncation.speed(0, [(case, 4)])
     assert set(result["ms"]) == {*truncation.policies(4), "forward"}
     assert str(SMALL) in truncation.table_of_speed(results).splitlines()[-1]
