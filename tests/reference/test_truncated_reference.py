@@ -336,26 +336,12 @@ def check_alone(modules):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("window", [*WINDOWS, (None, None)])
+@all_and_few_windows
 def test_a_large_limit_clips_nothing(window, masked):
     problem = random_problem(9, masked, dropout=True, factors=True)
     large, growth = {"adjoint_clipnorm": 1e9}, {"adjoint_max_growth": 1e9}
     for clip in (large, {"adjoint_clipnorm": np.inf}, growth, large | growth):
         assert_close(gradients(problem, window, clip), gradients(problem, window))
-
-
-@pytest.mark.parametrize("window", [(None, None), (3, 3)])
-def test_no_adjoint_exceeds_its_limit(window):
-    """And the limit is reached at more than one step."""
-    norms = np.linalg.norm(gradients(random_problem(10), window, NORM).adjoint, axis=-1)
-    assert np.max(norms) < 0.5 * (1 + ROUNDING)
-    assert np.sum(norms > 0.5 * (1 - ROUNDING)) > 5
-    problem = random_problem(12, dropout=True, explodes=True)
-    problem["e"][:, :-1] = 0.0
-    norms = np.linalg.norm(gradients(problem, window, GROWTH).adjoint, axis=-1)
-    growth = norms / np.linalg.norm(problem["e"][:, -1:], axis=-1)
-    assert np.max(growth) < 1.1 * (1 + ROUNDING)
-    assert np.sum(growth > 1.1 * (1 - ROUNDING)) > 2
 
 
 @pytest.mark.parametrize("clip", [NORM, GROWTH, BOTH], ids=["norm", "growth", "both"])
@@ -371,21 +357,6 @@ def test_no_adjoint_is_no_division_by_zero():
     for clip in ({"adjoint_clipnorm": 1e-300}, GROWTH, BOTH):
         d = gradients(nothing, (3, None), clip)
         assert not any(np.any(value) for value in vars(d).values())
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-@all_and_few_windows
-def test_where_nothing_grows_nothing_is_clipped(window, masked):
-    """Products of Jacobians of norm 1 at most: U of norm 1, slopes of 1 at most."""
-    problem, growth = random_problem(11, masked), {"adjoint_max_growth": 1.0}
-    orthogonal = np.linalg.qr(np.random.default_rng(1).normal(size=(H, H)))[0]
-    for U, f in [(np.eye(H), "linear"), (orthogonal, "linear"), (np.eye(H), "tanh")]:
-        problem |= {"U": U, "f": f}
-        assert_close(gradients(problem, window, growth), gradients(problem, window))
-    # It would be seen.
-    problem |= {"U": 3.0 * np.eye(H), "f": "linear"}
-    free, d = gradients(problem, window), gradients(problem, window, growth)
-    assert np.linalg.norm(d.d_kernel - free.d_kernel) > 1e-2
 
 
 @all_and_few_windows
@@ -436,23 +407,15 @@ def test_growth_of_the_last_loss_alone(u, g):
     assert np.sum(abs(u) ** n > g) >= 2, "nothing was clipped"
 
 
-@pytest.mark.parametrize(("u", "g"), [(2.0, 3.0), (2.0, 1.0), (1.5, 1.5), (1.25, 1.0)])
-def test_growth_of_a_loss_at_every_step(u, g):
-    """a_t = min((u^n - 1) / (u - 1), g n) with n = T - t + 1 losses: 1, 3, 6, 9, ..."""
-    n = np.arange(T, 0, -1)
-    free = (u**n - 1) / (u - 1)
-    check_scalar(u, ALL, np.minimum(free, g * n), adjoint_max_growth=g)
-    assert np.sum(free > g * n) >= 3, "nothing was clipped"
-
-
-def test_signs_cancel_in_the_adjoint_but_not_in_the_limit():
-    # a_7 = -1, a_6 = 1 - 2, a_5 = 1 - 2, then -2 and -4, limited by 3.
+def test_growth_of_several_losses():
+    # At every step: 1, 3, 7, 15, 31, ... where nothing is clipped; the limits are 1.5 n.
+    wanted = [10.5, 9.0, 7.5, 6.0, 4.5, 3.0, 1.0]
+    check_scalar(2.0, ALL, wanted, adjoint_max_growth=1.5)
+    # Signs cancel in the adjoint but not in the limit: a_7 = -1, a_6 = 1 - 2,
+    # a_5 = 1 - 2, then -2 and -4, limited by 3.
     wanted = [-3, -3, -3, -2, -1, -1, -1]
     check_scalar(2.0, {5: 1.0, 6: 1.0, 7: -1.0}, wanted, adjoint_max_growth=1.0)
-
-
-def test_the_smaller_limit_holds():
-    # By growth 1, 3, 6, 8, 10, ...; by the norm 7 at most.
+    # The smaller limit holds: by growth 1, 3, 6, 8, 10, ...; by the norm 7 at most.
     limits = {"adjoint_max_growth": 2.0, "adjoint_clipnorm": 7.0}
     check_scalar(2.0, ALL, [7, 7, 7, 7, 6, 3, 1], **limits)
 

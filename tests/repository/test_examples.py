@@ -202,8 +202,8 @@ def check_results_of_kind(path):
     """Two layers, one gradient: a short epoch leaves the same scores and losses."""
     found = json.loads(path.read_text())
     scores = found["scores"]
-    ours = [key for key in scores if key.startswith("BPTTRNN")]
-    assert len(scores) > 2 * len(ours), "baselines"
+    own = [key for key in scores if key.startswith("BPTTRNN")]
+    assert len(scores) > 2 * len(own), "baselines"
     curves = [found[key] for key in ("losses", "validation", "curves") if key in found]
     assert len(curves) == 1
     for values in scores, *curves:
@@ -222,7 +222,10 @@ def check_results_of_kind(path):
     model = path.with_suffix(".keras").read_bytes()
     config = zipfile.ZipFile(io.BytesIO(model)).read("config.json")
     assert b"BPTTRNN" in config and b'"SimpleRNN"' not in config
-    # What is stored beside it are the outputs of the SavedModel, and its gradients.
+    # What is stored beside it are the outputs of the SavedModel, and its gradients; the
+    # language model compares its outputs itself, and stores no gradient.
+    if path.stem == "character_language_model":
+        return
     check = EXAMPLES.parent / "saved_models" / "check.py"
     checked = run([check, "--directory", path.parent], path.parent)
     assert checked.returncode == 0, checked.stdout + checked.stderr
