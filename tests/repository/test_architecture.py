@@ -22,7 +22,8 @@ def name_of(path):
 
 
 MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
-NAMES = sorted(MODULES)
+TEXTS = {name: MODULES[name].read_text(encoding="utf-8") for name in sorted(MODULES)}
+NAMES = list(TEXTS)
 
 # What a folder, or a module at the top, imports beside itself. The engine and the cells
 # stand side by side: the contract is all that one knows of the other.
@@ -40,37 +41,48 @@ BELOW = {
 
 
 @functools.cache
-def imports(path):
-    """The full names of the modules that a file imports, anywhere in it."""
+def imports(name):
+    """The full names of what a module imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(TEXTS[name])):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} has a relative import"
+            assert node.level == 0, f"{name} has a relative import"
             names |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
     return frozenset(names)
 
 
 def own_imports(name):
     """The modules of this package that a module of it imports."""
-    found = {full.removeprefix("keras_bptt.") for full in imports(MODULES[name])}
-    return (found & set(NAMES)) - {
-        "",
-        *{n.partition(".")[0] for n in found if "." in n},
-    }
+    found = {full.removeprefix("keras_bptt.") for full in imports(name)}
+    folders = {each.partition(".")[0] for each in found if "." in each}
+    return (found & set(NAMES)) - {"", *folders}
 
 
 def test_every_folder_has_its_place():
     assert {name.partition(".")[0] for name in NAMES if name} == set(BELOW)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name])
-def test_imports_go_downward(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_keeps_the_rules(name):
+    """It imports downward, nothing private of Keras, is small and says what it is."""
     folder = name.partition(".")[0]
-    allowed = (folder, *BELOW[folder])
+    allowed = (folder, *BELOW[folder]) if name else NAMES
     for each in own_imports(name):
         assert any(f"{each}.".startswith(f"{place}.") for place in allowed), each
+    assert "keras.src" not in TEXTS[name]
+    assert len(TEXTS[name].splitlines()) <= 400, "split it along what it does"
+    assert ast.get_docstring(ast.parse(TEXTS[name]))
+    roots = {full.split(".")[0] for full in imports(name)}
+    if folder == "reference":
+        standard = {"collections", "dataclasses", "math", "numbers", "typing"}
+        assert roots <= {"numpy", "keras_bptt"} | standard
+    if folder == "truncation":  # policies need no TensorFlow
+        assert "tensorflow" not in roots
+    if folder == "engine":  # time knows no cell, nor asks which one it has
+        assert "SimpleRNN" not in TEXTS[name]
+        assert "isinstance(cell" not in TEXTS[name]
 
 
 @functools.cache
@@ -90,14 +102,6 @@ def test_imports_are_seen():
     assert own_imports("engine.recurrence") >= {"engine.forward", "runtime.explicit"}
     assert own_imports("layers.bptt_rnn") >= {"engine.options", "cells.simple_rnn"}
     assert len(chain("callbacks")) > 5
-
-
-def test_no_folder_of_time_knows_a_cell():
-    """Nor asks which one it has."""
-    for name in NAMES:
-        if name.startswith("engine."):
-            text = MODULES[name].read_text(encoding="utf-8")
-            assert "SimpleRNN" not in text and "isinstance(cell" not in text, name
 
 
 def test_it_is_not_far_from_a_layer_to_its_equation():
@@ -127,15 +131,14 @@ def test_it_is_not_far_from_a_layer_to_its_equation():
     assert len([*stops[1:], "cells.simple_rnn"]) <= 6, stops
 
 
-def functions():
-    for name in NAMES:
-        for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef):
-                yield name, node
-
-
 def test_functions_have_one_idea():
-    for name, node in functions():
+    functions = [
+        (name, node)
+        for name in NAMES
+        for node in ast.walk(ast.parse(TEXTS[name]))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    for name, node in functions:
         lines = node.end_lineno - node.lineno + 1
         lines -= len((ast.get_docstring(node) or "").splitlines())
         assert lines <= 70, f"{name}.{node.name} has {lines} lines"
@@ -147,50 +150,15 @@ def test_functions_have_one_idea():
             assert taken <= 9, f"{name}.{node.name}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_only_the_public_interface_of_keras(name):
-    private = [module for module in imports(MODULES[name]) if "keras.src" in module]
-    assert not private
-    assert "keras.src" not in MODULES[name].read_text(encoding="utf-8")
-
-
-def test_the_reference_stands_alone():
-    allowed = {"numpy", "collections", "dataclasses", "typing", "numbers", "keras_bptt"}
-    for name in NAMES:
-        if name.startswith("reference"):
-            roots = {full.split(".")[0] for full in imports(MODULES[name])}
-            assert roots <= allowed | {"math"}
-
-
-def test_policies_need_no_tensorflow():
-    names = imports(MODULES["truncation"])
-    assert not {name for name in names if name.split(".")[0] == "tensorflow"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_modules_stay_small(name):
-    lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
-    assert lines <= 400, "split it along what it does"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_modules_say_what_they_are(name):
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree)
-
-
-@pytest.mark.parametrize("name", keras_bptt.__all__)
-def test_public_names_are_documented_with_an_example(name):
-    assert ">>> " in inspect.getdoc(getattr(keras_bptt, name))
-
-
-def test_nothing_else_is_public():
-    public = {
+def test_public_names_are_documented_with_an_example():
+    """And nothing else is public."""
+    assert set(keras_bptt.__all__) == {
         name
         for name, value in vars(keras_bptt).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
-    assert public == set(keras_bptt.__all__)
+    for name in keras_bptt.__all__:
+        assert ">>> " in inspect.getdoc(getattr(keras_bptt, name)), name
 
 
 def test_signature_begins_with_that_of_simplernn():

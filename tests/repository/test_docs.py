@@ -55,15 +55,27 @@ def importable(name):
     return True
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow)
-        for page in PAGES
-        if page.name != "api.md"  # made of docstrings, which are tested
-    ],
-    ids=lambda page: f"{page.parent.name}-{page.name}",
-)
+def check_drawn(draw, folder, largest=150_000):
+    """The pictures that are drawn twice: the same bytes, and neither empty nor large."""
+    first, again = (draw(folder / name) for name in ("first", "again"))
+    first, again = (
+        drawn if isinstance(drawn, list) else [drawn] for drawn in (first, again)
+    )
+    for path, same in zip(first, again, strict=True):
+        assert path.read_bytes() == same.read_bytes()
+        assert 10_000 < path.stat().st_size < largest
+    return first
+
+
+def each(pages):
+    # That of the interface is made of docstrings, which are tested.
+    pages = [page for page in pages if page.name != "api.md"]
+    names = [f"{page.parent.name}-{page.name}" for page in pages]
+    return pytest.mark.parametrize("page", pages, ids=names)
+
+
+@pytest.mark.slow
+@each(PAGES)
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.parent.name == "saved_models":
@@ -99,9 +111,7 @@ def anchors(page):
     return found
 
 
-@pytest.mark.parametrize(
-    "page", PROSE, ids=lambda page: f"{page.parent.name}-{page.name}"
-)
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\s?\(([^)\s]+)\)", page.read_text()):
         if target.startswith(("http:", "https:")):
@@ -153,20 +163,14 @@ def test_the_first_page_says_what_was_measured(tmp_path):
     draw_readme = load("draw_readme")
     page = (ROOT / "README.md").read_text()
     assert f"\n{draw_readme.sentences()}\n" in page, "run: make docs"
-    first, again = (draw_readme.draw_all(tmp_path / name) for name in ("1", "2"))
-    assert first.read_bytes() == again.read_bytes()
-    assert 10_000 < first.stat().st_size < 200_000
+    (first,) = check_drawn(draw_readme.draw_all, tmp_path, 200_000)
     assert f"(docs/performance/{first.name})" in page
 
 
 QUOTE = re.compile(r"^```python (\w+\.py)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PROSE if QUOTE.search(page.read_text())],
-    ids=lambda page: page.name,
-)
+@each([page for page in PROSE if QUOTE.search(page.read_text())])
 def test_quoted_lines_are_in_the_source(page):
     for name, quote in QUOTE.findall(page.read_text()):
         source = (ROOT / "keras_bptt" / name).read_text().splitlines()
@@ -178,11 +182,7 @@ def test_quoted_lines_are_in_the_source(page):
 PROMPTS = re.compile(r"^```pycon\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [p for p in PROSE if PROMPTS.search(p.read_text()) and p.name != "api.md"],
-    ids=lambda page: page.name,
-)
+@each([page for page in PROSE if PROMPTS.search(page.read_text())])
 def test_shown_numbers_come_out(page):
     pieces = PROMPTS.split(page.read_text())
     # Every other piece has prompts. Of the rest the line breaks, that of the opening fence
@@ -208,12 +208,10 @@ def draw_bptt():
 
 
 def test_figures_of_the_derivation_are_drawn(draw_bptt, tmp_path):
-    first, again = (draw_bptt.draw_all(tmp_path / name) for name in ("first", "again"))
+    first = check_drawn(draw_bptt.draw_all, tmp_path)
     shown = re.findall(r"\]\(bptt/(\w+\.png)\)", (ROOT / "docs/bptt.md").read_text())
     assert sorted(path.name for path in first) == sorted(shown)
-    for path, same in zip(first, again, strict=True):
-        assert path.read_bytes() == same.read_bytes()
-        assert 10_000 < path.stat().st_size < 150_000
+    for path in first:
         assert (ROOT / "docs" / "bptt" / path.name).stat().st_size < 150_000
 
 
@@ -233,9 +231,7 @@ def test_the_architecture_names_what_is_there(tmp_path):
     own -= set(inspect.signature(keras.layers.SimpleRNN).parameters)
     unsaid = [option for option in own if f"`{option}`" not in page]
     assert unsaid == ["output_activation"]
-    drawn = figure.draw_all(tmp_path)
-    assert drawn.read_bytes() == figure.draw_all(tmp_path / "again").read_bytes()
-    assert 10_000 < drawn.stat().st_size < 150_000
+    check_drawn(figure.draw_all, tmp_path)
 
 
 def test_what_the_figures_of_the_derivation_show(draw_bptt):
