@@ -68,7 +68,8 @@ def parts_of(training, timesteps=T, sequence=True, within=None, **options):
 
 def holes(batch, steps):
     mask = rng(2).random((batch, steps)) < 0.6
-    mask[1:][-1:] = False
+    if batch > 1:
+        mask[-1] = False
     return mask
 
 
@@ -319,14 +320,14 @@ def test_eager_steps_of_several_batches_and_lengths(
 
 
 @pytest.mark.parametrize(
-    "mode", few([(mode,) for mode in WAYS], lambda mode: mode == "plain")
+    "mode", few([(mode,) for mode in WAYS], lambda mode: mode in ("plain", "graph"))
 )
 def test_unroll_by_a_number(mode):
     """That divides the number of steps, does not, equals it, exceeds it."""
     theirs, ours = pair(return_sequences=True)
     x = random_inputs()
     expected = evaluate(theirs, x, "plain")
-    for unroll in (1, 2, 3, 5, 8):
+    for unroll in (2,) if mode == "graph" else (1, 2, 3, 5, 8):
         ours.unroll = unroll
         assert_same(evaluate(ours, x, mode), expected)
 
