@@ -105,10 +105,11 @@ CHECKS = {
         activation="gelu", return_sequences=False, keep_states=False
     ),
     "recurrence, second order": test_recurrence.check_second_orders,
-    "adjoints": test_adjoints.check,
-    "adjoints, backwards": alone(
-        test_adjoints.test_equals_the_reference_path_by_path,
-        *("tanh", "full", 0.8, "mixed", True, 2),
+    "adjoints": functools.partial(
+        test_adjoints.check, **test_adjoints.CASES["overlapping, clipped"]
+    ),
+    "adjoints, backwards": functools.partial(
+        test_adjoints.check, **test_adjoints.CASES["full, clipped, backwards"]
     ),
     "growth": alone(test_clipping.check, masked=True),
     "several states": alone(
