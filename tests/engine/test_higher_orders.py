@@ -1,7 +1,7 @@
-"""The two scans against loops in Python that TensorFlow differentiates.
+"""The linear scan against a loop in Python that TensorFlow differentiates.
 
-Each scan's gradient is made of the other scan, so derivatives of higher order test both.
-`states` inside of the engine, with all options, is in `test_general_cells.py`.
+Its gradient is made of the scan in the other direction, so derivatives of higher order test
+both. The scan of the states goes through every order in `test_general_cells.py`.
 """
 
 import itertools
@@ -14,8 +14,7 @@ from helpers import FLOAT64, WAYS, few, relative_error, rng, without_graphs
 
 from keras_bptt.cells.activations import resolve
 from keras_bptt.cells.simple_rnn import SimpleRNN
-from keras_bptt.engine.higher_orders import Known, Link, linear_scan, states
-from keras_bptt.engine.options import Options
+from keras_bptt.engine.higher_orders import Known, Link, linear_scan
 
 # Timesteps, batch and units: all different, so that no transpose hides.
 T, B, H = 6, 3, 5
@@ -55,77 +54,9 @@ def derivatives(function, order, like):
     return run
 
 
-def check(ours, expected, args, order, mode):
-    """The values, and the derivatives of this order."""
-    like = args[0].shape
-    with without_graphs():
-        assert_same([ours(*args)], [expected(*args)])
-    assert_same(
-        WAYS[mode](derivatives(ours, order, like))(*args),
-        derivatives(expected, order, like)(*args),
-    )
-
-
 def cell_of(activation):
     function = getattr(keras.activations, activation)
     return SimpleRNN(resolve(function, H, "float64"))
-
-
-# ---------------------------------------------------------------------- states
-
-
-def check_states(activation, order, mode="plain", steps=T, unroll=False):
-    """Derivatives of `states`, with a mask and recurrent dropout."""
-    # Third derivatives of log_softmax, whose slope is 1, explode with a larger scale.
-    args = tensors((steps, B, H), (H, H), (B, H), scale=0.3)
-    # Row by row: a masked start and a hole, a masked end, nothing but masked steps.
-    rows = np.array([[0, 1, 0, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
-    mask = tf.constant(rows.T[:steps, :, None] == 1)
-    r = tf.constant((rng(4).random((B, H)) < 0.6) / 0.6)
-    options = Options(cell_of(activation), unroll=unroll)
-
-    def ours(z, U, h_0):
-        # With the identity for a kernel the inputs are their share of z.
-        known, W = Known((None, r), mask), tf.eye(H, dtype=U.dtype)
-        return states(options, known, z, (h_0,), (W, U))[0]
-
-    def expected(z, U, h):
-        outputs, function = [], getattr(keras.activations, activation)
-        for t in range(steps):
-            new = function(z[t] + tf.matmul(r * h, U))
-            h = tf.where(mask[t], new, h)
-            outputs.append(h)
-        return tf.stack(outputs)
-
-    check(ours, expected, args, order, mode)
-
-
-@pytest.mark.parametrize(
-    ("activation", "order", "steps", "unroll", "mode"),
-    [
-        ("softmax", 2, T, False, "plain"),
-        ("log_softmax", 2, T, False, "plain"),
-        # A single step has no link but that to h_0.
-        ("tanh", 2, 1, False, "plain"),
-        ("gelu", 2, 2, False, "plain"),
-        ("tanh", 2, 1, True, "plain"),
-        *few(
-            itertools.product(
-                ["tanh", "gelu", "softmax", "log_softmax"],
-                [2, 3],
-                [T],
-                [False, True],
-                ["eager", "graph", "xla"],
-            ),
-            lambda *_: False,
-        ),
-    ],
-)
-def test_states(activation, order, steps, unroll, mode):
-    check_states(activation, order, mode, steps, unroll)
-
-
-# ---------------------------------------------------------------- the linear scan
 
 
 def loop_of_adjoints(reverse, activation, e, z, before, U, k):
@@ -175,13 +106,19 @@ def scanned(reverse, activation, k, unroll=False):
 def check_linear_scan(
     reverse, activation, order=1, mode="plain", steps=T, unroll=False
 ):
+    """The values, and the derivatives of this order."""
     args, k = linear_problem(steps)
-    ours = scanned(reverse, activation, k, unroll)
+    ours, like = scanned(reverse, activation, k, unroll), (steps, B, H)
 
     def expected(*args):
         return loop_of_adjoints(reverse, activation, *args, k)
 
-    check(ours, expected, args, order, mode)
+    with without_graphs():
+        assert_same([ours(*args)], [expected(*args)])
+    assert_same(
+        WAYS[mode](derivatives(ours, order, like))(*args),
+        derivatives(expected, order, like)(*args),
+    )
 
 
 DIRECTIONS, SLOPES = {"reverse": True, "forward": False}, ["tanh", "log_softmax"]
