@@ -13,7 +13,7 @@ import pytest
 import table
 import tensorflow as tf
 import translation
-from configurations import CONFIGURATIONS, QUICK, Configuration
+from export import CONFIGURATIONS, QUICK
 from helpers import FLOAT32, B, D, H, T, relative_error, without_graphs
 from packaging.version import Version
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def configuration(masked=False, **options):
-    return Configuration("step", (B, T, D, H), options, masked)
+    return type(CONFIGURATIONS[0])("step", (B, T, D, H), options, masked)
 
 
 def exported(folder, **options):
