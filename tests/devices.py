@@ -28,20 +28,15 @@ B, T, D, H = 8, 5, 4, 6  # B: of all replicas together
 BATCHES = 3
 SIMPLE = keras.layers.SimpleRNN
 WINDOWS = {"truncation": Truncation(3, stride=2), "checkpoint_every": 2}
-LEAN = {"return_sequences": True, "checkpoint_every": "sqrt"}
+STATEFUL = {"return_sequences": True, "stateful": True}
 
 # What `fit` trains: a layer class, its options, what else the model is made of.
 CASES = {
     "full": (BPTTRNN, {"return_sequences": True}, {}),
     "all at once": (BPTTRNN, {**WINDOWS, "output_units": 3}, {"mask": True}),
-    "truncation": (BPTTRNN, {"return_sequences": True, "truncation": 2}, {}),
-    "checkpoints": (BPTTRNN, LEAN, {}),
-    "output layer": (BPTTRNN, {"return_sequences": True, "output_units": 3}, {}),
-    "mask": (BPTTRNN, {}, {"mask": True}),
     "clipping": (BPTTRNN, {"adjoint_clipnorm": 1e-3}, {}),
-    "not compiled": (BPTTRNN, {"jit_compile": False}, {}),
-    "stateful": (BPTTRNN, {"return_sequences": True, "stateful": True}, {}),
-    "stateful SimpleRNN": (SIMPLE, {"return_sequences": True, "stateful": True}, {}),
+    "stateful": (BPTTRNN, {**STATEFUL, "jit_compile": False}, {}),
+    "stateful SimpleRNN": (SIMPLE, STATEFUL, {}),
     "mask in the loss": (BPTTRNN, {"return_sequences": True}, {"mask": True}),
     "mask in the loss, SimpleRNN": (SIMPLE, {"return_sequences": True}, {"mask": True}),
 }
@@ -76,32 +71,35 @@ def two_cpus():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
+def one_and_two(strategy):
+    """The name and the scope of a training on one device, and of one on both."""
+    return ("one", tf.distribute.get_strategy().scope), ("two", strategy.scope)
+
+
 def mirrored(folder, *names):
     """What replicas draw; and of each case, trained on one device and on two, all."""
     strategy = two_cpus()
     with strategy.scope():
         results = draws(strategy)
-    for name, alone in itertools.product(names, (True, False)):
+    for name, (devices, scope) in itertools.product(names, one_and_two(strategy)):
         layer_class, options, others = CASES[name]
         if options.get("stateful"):
-            others = others | {"batch": B if alone else B // 2}
-        with tf.distribute.get_strategy().scope() if alone else strategy.scope():
+            others = others | {"batch": B if devices == "one" else B // 2}
+        with scope():
             model = build(layer_class, options, **others)
         x, y = data(options.get("return_sequences"), others.get("mask"))
         compiled = spy()
         fitted = model.fit(x, y, batch_size=B, epochs=2, shuffle=False, verbose=0)
-        key = f"{name}/{'one' if alone else 'two'}"
-        results[f"{key}/loss"] = fitted.history["loss"]
-        results[f"{key}/compiled"] = any(compiled)
-        for i, w in enumerate(model.get_weights()):
-            results[f"{key}/weight {i}"] = w
+        found = {"loss": fitted.history["loss"], "compiled": any(compiled)}
+        found |= {f"weight {i}": w for i, w in enumerate(model.get_weights())}
         if name == "full":
-            results[f"{key}/evaluate"] = model.evaluate(x, y, batch_size=B, verbose=0)
-            results[f"{key}/predict"] = model.predict(x, batch_size=B, verbose=0)
+            found["evaluate"] = model.evaluate(x, y, batch_size=B, verbose=0)
+            found["predict"] = model.predict(x, batch_size=B, verbose=0)
         if options.get("stateful"):
             state = model.get_layer("rnn").states[0].value
             parts = strategy.experimental_local_results(state)
-            results[f"{key}/state"] = np.concatenate(parts)
+            found["state"] = np.concatenate(parts)
+        results |= {f"{name}/{devices}/{key}": value for key, value in found.items()}
     np.savez(folder / "mirrored.npz", **results)
 
 
@@ -123,7 +121,7 @@ def raising(folder):
     for layer_class in (SIMPLE, BPTTRNN):
         cases = {
             "whole": ({"return_sequences": True}, {"jit_compile": True}),
-            "stateful": ({"return_sequences": True, "stateful": True}, {"batch": B}),
+            "stateful": (STATEFUL, {"batch": B}),
         }
         for name, (options, others) in cases.items():
             with strategy.scope():
@@ -152,10 +150,7 @@ def draws(strategy):
         "SimpleRNN": SIMPLE(H, dropout=0.5, seed=1),
         "BPTTRNN": BPTTRNN(H, dropout=0.5, seed=1, jit_compile=False),
         "truncation": BPTTRNN(
-            H,
-            return_sequences=True,
-            truncation=RandomizedTruncation(3, seed=1),
-            jit_compile=False,
+            H, truncation=RandomizedTruncation(3, seed=1), jit_compile=False
         ),
     }
     x = np.tile(np.random.default_rng(0).normal(size=(1, T, D)), (4, 1, 1))
@@ -190,27 +185,15 @@ def own_draws(layer):
 
 def callbacks(folder):
     """The logs and windows of both callbacks, on one device and on two."""
-    strategy, results = two_cpus(), {}
-    options = {"return_sequences": True, "truncation": 1}
-    x, y = data(True)
-    for alone in (True, False):
-        with tf.distribute.get_strategy().scope() if alone else strategy.scope():
-            model = build(BPTTRNN, options)
-        measuring = [
-            GradientFlowLogger((x, y)),
-            AdaptiveTruncation((x, y), tolerance=0.3),
-        ]
-        fitted = model.fit(
-            x,
-            y,
-            batch_size=B,
-            epochs=2,
-            shuffle=False,
-            verbose=0,
-            callbacks=measuring,
-        )
-        for name, values in fitted.history.items():
-            results[f"{name}/{'one' if alone else 'two'}"] = values
+    results, (x, y) = {}, data(True)
+    training = {"batch_size": B, "epochs": 2, "shuffle": False, "verbose": 0}
+    for devices, scope in one_and_two(two_cpus()):
+        with scope():
+            model = build(BPTTRNN, {"return_sequences": True, "truncation": 1})
+        adaptive = AdaptiveTruncation((x, y), tolerance=0.3)
+        measuring = [GradientFlowLogger((x, y)), adaptive]
+        history = model.fit(x, y, callbacks=measuring, **training).history
+        results |= {f"{name}/{devices}": values for name, values in history.items()}
     np.savez(folder / "callbacks.npz", **results)
 
 
@@ -226,7 +209,7 @@ def worker(folder):
                 model = keras.Sequential([keras.Input((T, D)), *layers])
                 model.compile("sgd", "mse")
             else:
-                model = build({"SimpleRNN": SIMPLE, "BPTTRNN": BPTTRNN}[name], {})
+                model = build(SIMPLE if name == "SimpleRNN" else BPTTRNN, {})
         x, y = data(False)
         results[name] = {
             "fit": outcome(fit, model, x, y),
@@ -307,18 +290,10 @@ def train(folder, save_freq, kill_at=None):
     dataset = tf.data.Dataset.from_generator(
         batches, output_signature=(tf.TensorSpec((B, T, D)), tf.TensorSpec((B, 3)))
     )
-    positions = SeedPositions()
-    fitted = model.fit(
-        dataset,
-        steps_per_epoch=EPOCH,
-        epochs=UPDATES // EPOCH,
-        verbose=0,
-        callbacks=[
-            keras.callbacks.BackupAndRestore(folder, save_freq=save_freq),
-            positions,
-            Kill(kill_at),
-        ],
-    )
+    backup = keras.callbacks.BackupAndRestore(folder, save_freq=save_freq)
+    callbacks = [backup, positions := SeedPositions(), Kill(kill_at)]
+    epochs = {"steps_per_epoch": EPOCH, "epochs": UPDATES // EPOCH}
+    fitted = model.fit(dataset, verbose=0, callbacks=callbacks, **epochs)
     return {
         "weights": [w.tolist() for w in model.get_weights()],
         "updates": int(model.optimizer.iterations.numpy()),

@@ -13,7 +13,7 @@ import devices
 import keras
 import numpy as np
 import pytest
-from helpers import FLOAT32, few, relative_error
+from helpers import FLOAT32, relative_error
 from packaging.version import Version
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "devices.py"
@@ -47,21 +47,18 @@ def finish(process, code=0):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, request):
-    """The results of one process that trains all that is asked for."""
+    """By case and by one or two devices, the results of one process that trains all."""
     tests = [i for i in request.session.items if "trained" in i.fixturenames]
     names = [getattr(test, "callspec", None) for test in tests]
     names = {spec.params["name"] for spec in names if spec}
     folder = tmp_path_factory.mktemp("mirrored")
     finish(start("mirrored", folder, *sorted(names)))
+    found = {}
     with np.load(folder / "mirrored.npz") as results:
-        return dict(results)
-
-
-def of_case(trained, name, who):
-    prefix = f"{name}/{who}/"
-    return {
-        k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)
-    }
+        for path, value in results.items():
+            case, _, key = path.rpartition("/")
+            found.setdefault(case, {})[key] = value
+    return found
 
 
 # Of two replicas Keras 3.8 reports another loss than it minimises, SimpleRNN's as well.
@@ -69,15 +66,12 @@ REPORTED = Version(keras.__version__) >= Version("3.15")
 ALONE = [name for name in devices.CASES if "in the loss" not in name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    few([(name,) for name in ALONE], lambda name: False),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
 def test_two_replicas_train_as_one(name, trained):
-    one, two = (of_case(trained, name, who) for who in ("one", "two"))
+    one, two = (trained[f"{name}/{who}"] for who in ("one", "two"))
     assert one.keys() == two.keys() and len(one["loss"]) == 2
-    compiled = "SimpleRNN" not in name and name != "not compiled"
-    assert one.pop("compiled") == two.pop("compiled") == compiled
+    assert one.pop("compiled") == two.pop("compiled") == ("stateful" not in name)
     for key, expected in one.items():
         if REPORTED or key not in ("loss", "evaluate"):
             assert relative_error(two[key], expected) < FLOAT32, key
@@ -88,33 +82,26 @@ def test_two_replicas_train_as_one(name, trained):
 def test_a_mask_in_the_loss_is_averaged_by_replica(name, trained):
     """Keras divides by the unmasked steps of a replica. Once it does not, say so in
     docs/deploying.md, Many devices."""
-    one, two = (of_case(trained, name, who) for who in ("one", "two"))
+    one, two = (trained[f"{name}/{who}"] for who in ("one", "two"))
     assert relative_error(two["weight 0"], one["weight 0"]) > 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", ["SimpleRNN", "BPTTRNN"])
-def test_what_raises_under_two_replicas(layer, raised):
+def test_what_raises_under_two_replicas(tmp_path):
     """The day one of them trains, change docs/deploying.md, Many devices."""
-    assert "located in device" in raised[f"whole, {layer}"]
-    message = raised[f"stateful, {layer}"]
-    assert f"Expected batch size: {devices.B}" in message
-    assert f"Received batch size: {devices.B // 2}" in message
-
-
-@pytest.fixture(scope="module")
-def raised(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("raising")
-    finish(start("raising", folder))
-    return json.loads((folder / "raised.json").read_text())
+    finish(start("raising", tmp_path))
+    raised = json.loads((tmp_path / "raised.json").read_text())
+    for layer in ("SimpleRNN", "BPTTRNN"):
+        assert "located in device" in raised[f"whole, {layer}"]
+        message = raised[f"stateful, {layer}"]
+        assert f"Expected batch size: {devices.B}" in message
+        assert f"Received batch size: {devices.B // 2}" in message
 
 
 def test_replicas_draw_the_same_unless_seeded(trained):
     """As Keras' own layers; and one call of `strategy.run` gives each its own."""
     for name in ("Dropout", "SimpleRNN", "BPTTRNN", "truncation"):
-        first, second, own = (
-            trained[f"{name}/{k}"] for k in ("first", "second", "own")
-        )
+        first, second, own = (trained[name][k] for k in ("first", "second", "own"))
         np.testing.assert_array_equal(first[1], first[0])
         np.testing.assert_array_equal(second[1], second[0])
         assert relative_error(first[0][1], first[0][0]) > 0.1  # examples differ
@@ -147,16 +134,11 @@ def workers(tmp_path_factory):
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-    cluster = {"worker": addresses}
-    tasks = [{"type": "worker", "index": index} for index in range(2)]
-    processes = [
-        start(
-            "worker",
-            folder,
-            TF_CONFIG=json.dumps({"cluster": cluster, "task": task}),
-        )
-        for task in tasks
-    ]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": {"worker": addresses}, "task": task})
+        processes.append(start("worker", folder, TF_CONFIG=config))
     try:
         one = devices.loop(devices.tf.distribute.get_strategy(), 0)
         for process in processes:
@@ -195,13 +177,14 @@ def test_fit_of_two_processes_is_broken_in_keras(layer, workers):
 
 
 def killed_and_restarted(folder, save_freq, at):
+    if not hasattr(signal, "SIGKILL"):
+        pytest.skip("no SIGKILL on this system")
     finish(start("killed", folder, save_freq, at), -signal.SIGKILL)
     finish(start("restarted", folder, save_freq))
     found = json.loads((folder / "restarted.json").read_text())
     return found["backup"], found["whole"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 @pytest.mark.slow
 def test_killed_training_ends_as_one_that_was_not(tmp_path):
     """With dropout and a randomised truncation, whose seeds no backup has."""
@@ -216,7 +199,6 @@ def test_killed_training_ends_as_one_that_was_not(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_backups_within_an_epoch_begin_it_again(tmp_path):
     """Keras notes the batch and does not read it: 2 updates of epoch 2 are too many."""
     restarted, whole = killed_and_restarted(tmp_path, 4, 2 * devices.EPOCH + 3)
