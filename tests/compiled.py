@@ -24,27 +24,33 @@ from keras_bptt import BPTTRNN, Truncation
 PAD = re.compile(r"= ((?:f|bf)\d+\S*) pad\(")
 
 
-def derivatives(configuration, jit_compile):
+def derivatives(
+    jit_compile,
+    *,
+    batch=1,
+    timesteps=9,
+    order=1,
+    whole=False,
+    unknown=False,
+    masked=False,
+    dtype="float64",
+    units=4,
+    **options,
+):
     """Gradients of the first or second order by inputs, initial state and weights."""
-    call = {"batch": 1, "timesteps": 9, "order": 1, "whole": False, "unknown": False}
-    call |= {"masked": False, "dtype": "float64", "units": 4}
-    options = {k: v for k, v in configuration.items() if k not in call}
-    call |= {k: v for k, v in configuration.items() if k in call}
-    batch, steps, dtype = call["batch"], call["timesteps"], call["dtype"]
     if isinstance(options.get("truncation"), list):
         options["truncation"] = Truncation(*options["truncation"])
-    layer = BPTTRNN(
-        call["units"], dtype=dtype, jit_compile=jit_compile, **{"seed": 1} | options
-    )
+    options = {"seed": 1, "dtype": dtype, "jit_compile": jit_compile} | options
+    layer = BPTTRNN(units, **options)
     layer.build((None, None, 3))
     rng = np.random.default_rng(3)
     layer.set_weights([rng.normal(0, 0.5, w.shape) for w in layer.get_weights()])
-    shape = (batch, steps, 3)
+    shape = (batch, timesteps, 3)
     x = tf.constant(rng.normal(size=shape), dtype)
-    state = tf.constant(rng.normal(size=(batch, call["units"])), dtype)
-    mask = tf.constant(rng.random((batch, steps)) < 0.7) if call["masked"] else None
-    outputs = layer.compute_output_shape(shape)
-    cotangents = tf.constant(rng.normal(size=outputs), dtype)
+    state = tf.constant(rng.normal(size=(batch, units)), dtype)
+    mask = tf.constant(rng.random((batch, timesteps)) < 0.7) if masked else None
+    like = layer.compute_output_shape(shape)
+    cotangents = tf.constant(rng.normal(size=like), dtype)
     variables = [v.value for v in layer.trainable_variables]
 
     def gradients(x, state):
@@ -56,17 +62,14 @@ def derivatives(configuration, jit_compile):
                 y = layer(x, initial_state=state, mask=mask, training=True)
                 loss = tf.reduce_sum(cotangents * y)
             found = tape.gradient(loss, sources)
-            if call["order"] == 1:
+            if order == 1:
                 return found
             value = tf.add_n([tf.reduce_sum(g * g) for g in found])
         return outer.gradient(value, sources)
 
-    unknown = (None,) * 3 if call["unknown"] else shape
-    signature = [
-        tf.TensorSpec((*unknown[:2], 3), dtype),
-        tf.TensorSpec((unknown[0], call["units"]), dtype),
-    ]
-    whole = True if call["whole"] and jit_compile else None
+    sizes = (None, None) if unknown else (batch, timesteps)
+    signature = [tf.TensorSpec(s, dtype) for s in ((*sizes, 3), (sizes[0], units))]
+    whole = (whole and jit_compile) or None
     function = tf.function(
         gradients, autograph=False, input_signature=signature, jit_compile=whole
     )
@@ -76,14 +79,11 @@ def derivatives(configuration, jit_compile):
 def largest_difference(got, expected):
     """As a share of the largest number expected; NaN where any number is."""
     tiny = np.finfo(expected[0].dtype).tiny  # a gradient of zeros, beyond a window
-    return float(
-        np.max(
-            [
-                np.max(np.abs(g - e)) / max(np.max(np.abs(e)), tiny)
-                for g, e in zip(got, expected, strict=True)
-            ]
-        )
-    )
+    shares = [
+        np.max(np.abs(g - e)) / max(np.max(np.abs(e)), tiny)
+        for g, e in zip(got, expected, strict=True)
+    ]
+    return float(np.max(shares))
 
 
 def programs(folder):
@@ -99,9 +99,9 @@ def programs(folder):
 def main():
     folder = pathlib.Path(sys.argv[1])
     for configuration in json.loads(sys.argv[2]):
-        plain = derivatives(configuration, False)
+        plain = derivatives(False, **configuration)
         programs(folder)  # some operations are compiled without the layer
-        compiled = derivatives(configuration, True)
+        compiled = derivatives(True, **configuration)
         texts = programs(folder)
         pads = [
             line.strip() for t in texts for line in t.splitlines() if PAD.search(line)
