@@ -1,37 +1,50 @@
-"""Truncated recurrences against the brute force of `truncated_reference`.
+"""Truncated and clipped recurrences against the brute force of `reference.truncation`.
 
-Float64 to 1e-10 over windows, masks and options; what a window is not allowed to change;
-derivatives of second order. `test_breaks.py` shows that the checks can fail.
+Two passes go back through windows: the one that takes all windows back at once, and, with
+checkpoints, the one in which they go back through time side by side. Each is checked over
+windows, masks and options, and for what a window is not allowed to change.
+`test_windows_second_order.py` has their derivatives. `test_breaks.py` shows that the checks
+can fail.
 """
 
 import functools
 import itertools
 import re
+from unittest import mock
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import (
-    FLOAT64,
-    MODES,
-    WAYS,
-    few,
-    random_weights,
-    relative_error,
-    rng,
-    without_graphs,
+from helpers import WAYS, examples, few, relative_error, rng, without_graphs
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_rnn import Constants, Recurrence, arguments_of
+from test_recurrence import (
+    ARGUMENTS,
+    WRITTEN,
+    assert_close,
+    bound,
+    evaluate,
+    first_order,
+    float32_tolerance,
+    named,
+    of_arguments,
+    of_unknown_sizes,
+    random_problem,
+    tensors_of,
+    written_out,
 )
-from plain_rnn import MODULES, arguments_of, each
 
 import keras_bptt.cells.activations
+import keras_bptt.engine.backward
 import keras_bptt.engine.parts
-import keras_bptt.engine.recurrence
+import keras_bptt.engine.windows
+from keras_bptt.engine.clipping import Arriving
 from keras_bptt.reference import truncation as truncated_reference
 from keras_bptt.truncation import Truncation
 
 # All different. Blocks of 2, 3 and 4 steps: T is a multiple of none of them but one.
-B, T, D, H = 5, 9, 2, 3
+B, T, D, H, O = 5, 9, 2, 3, 4  # noqa: E741
 
 # Chunks that fit and do not, sliding, overlapping in whole and broken blocks, all paths.
 WINDOWS = [
@@ -46,9 +59,8 @@ WINDOWS = [
     (9, 2),
     (12, 5),
 ]
-FEW_WINDOWS = [(4, 4), (3, 1), (5, 2), (7, 4)]
-FLOAT32 = 2e-5
-
+# Blocks shorter and longer than windows, whole and broken ones, one, and more than steps.
+EVERY = [1, 2, 3, 4, 5, T - 1, T, T + 5, "sqrt"]
 MASKS = {
     "no mask": None,
     "right": np.arange(T) < np.array([[T], [4], [1], [7], [2]]),
@@ -56,505 +68,309 @@ MASKS = {
     # The third example has no step at all.
     "holes": rng(3).random((B, T)) < np.array([[0.5], [0.7], [0.0], [0.9], [0.3]]),
 }
+CLIP = {"adjoint_clipnorm": 0.7}
+
+# A window does not touch the outputs: they are as exact as without one.
+OUTPUTS = 1e-12
 
 
-def arrays(mask=None, sequence=True, T=T, seed=0):
-    """x, W, U, h_0, b and the cotangents dy, ds."""
-    random = rng(seed)
-    W, U, b = random_weights(D, H, seed=seed)
-    x = random.normal(size=(B, T, D))
-    if mask is not None:
-        x[~mask] = np.nan
-    dy = random.normal(size=(B, T, H) if sequence else (B, H))
-    return x, W, U, random.normal(size=(B, H)), b, dy, random.normal(size=(B, H))
+def problem_of(sequences=True, optional="b", steps=T):
+    return random_problem((B, steps, D, H, O), 1.2, sequences, optional)
 
 
-def expected(problem, window, mask=None, sequence=True, zero_output=False, **options):
-    """The gradients of the reference, from the cotangents of the outputs."""
-    x, W, U, h_0, b, dy, ds = problem
-    seen = np.ones(x.shape[:2], bool)
-    if mask is not None:
-        seen = mask if zero_output else np.logical_or.accumulate(mask, 1)
-    e = np.zeros((*x.shape[:2], H))
-    e[:, -1] = ds
-    if sequence:
-        e += np.where(seen[:, :, None], dy, 0)
-    else:
-        e[:, -1] += np.where(seen[:, -1:], dy, 0)
-    clipped = "adjoint_clipnorm" in options
-    kind = "clipped_gradients" if clipped else "truncated_gradients"
-    steps, stride = window
-    d = getattr(truncated_reference, kind)(
-        x, W, U, b, h_0, "tanh", e, steps=steps, stride=stride, mask=mask, **options
-    )
-    d_x = d.d_inputs
-    return [d_x, d.d_kernel, d.d_recurrent_kernel, d.d_initial_state, d.d_bias]
-
-
-def function_of(window, modules=MODULES, activation="tanh", constants=None, **options):
-    """The truncated recurrence as a function of x, W, U, h_0, b."""
-    dtype = options.pop("dtype", "float64")
-    f = getattr(keras.activations, activation, activation)
-    options = modules.recurrence.Recurrence(
-        activation=modules.activations.resolve(f, H, dtype),
-        truncation=None if window is None else Truncation(*window),
-        **options,
-    )
-
-    def function(*arguments):
-        known = modules.recurrence.Constants(**(constants or {}))
-        return modules.recurrence.recurrence(options, known, *arguments)
-
-    return function
-
-
-def gradients(function, problem, mode="plain", dtype="float64", unknown=False):
-    """Of <outputs, cotangents>, by every argument."""
-    tensors = [tf.constant(array, dtype) for array in problem]
-
-    def run(x, *others):
-        *arguments, dy, ds = x, *others
-        with tf.GradientTape() as tape:
-            tape.watch(arguments)
-            outputs = function(*arguments)
-        return outputs, tape.gradient(outputs, arguments, [dy, ds])
-
-    if unknown:
-        specs = [tf.TensorSpec(t.shape, dtype) for t in tensors]
-        specs[0] = tf.TensorSpec([None, None, D], dtype)
-        if len(problem[5].shape) == 3:
-            specs[5] = tf.TensorSpec([None, None, H], dtype)
-        run = tf.function(run, autograph=False, input_signature=specs)
-    else:
-        run = WAYS[mode](run)
-    outputs, d = run(*tensors)
-    return [t.numpy() for t in d], [t.numpy() for t in outputs]
-
-
-def assert_equal(got, want, tolerance=FLOAT64):
-    for name, a, b in zip(("x", "W", "U", "h_0", "b"), got, want, strict=True):
-        assert a.shape == b.shape, name
-        scale = max(1.0, np.max(np.abs(b), initial=0.0))
-        error = np.max(np.abs(a - b), initial=0.0) / scale
-        assert error <= tolerance, f"d_{name}: error {error:.1e}"
-
-
-def check(window, mask="no mask", sequence=True, mode="plain", modules=MODULES, **more):
-    """One configuration against the brute force."""
-    function = function_of(
-        window,
-        modules,
-        constants=constants_of(mask),
-        return_sequences=sequence,
-        **more,
-    )
-    got, outputs = gradients(function, arrays(MASKS[mask], sequence), mode)
-    zero, clip = map(more.get, ("zero_output_for_mask", "adjoint_clipnorm"))
-    assert_equal(got, expected_of(window, mask, sequence, zero, clip))
-    # The outputs are those of the recurrence without a truncation.
-    whole = outputs_of_the_whole(mask, sequence, tuple(more.items()))
-    for a, b in zip(outputs, whole, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
-
-
-def constants_of(mask):
+def constants_of(mask="no mask", names=(), steps=T):
+    """A mask; and of d, r and factors those that are named."""
     mask = MASKS[mask]
-    return {"mask": None if mask is None else tf.constant(mask)}
+    known = {
+        "d": rng(6).choice([0.0, 1.25], size=(B, D)),
+        "r": rng(5).choice([0.0, 1.25], size=(B, H)),
+        "factors": rng(7).choice([0.0, 1.25], size=(B, steps)),
+    }
+    if mask is not None:
+        known["mask"] = np.resize(mask, (B, steps))
+        names = "mask", *names
+    return {name: known[name] for name in names}
 
 
 # Once each: several checks are compared with the same numbers.
 @functools.cache
-def expected_of(window, mask, sequence, zero, clip):
-    mask = MASKS[mask]
-    clip = {} if clip is None else {"adjoint_clipnorm": clip}
-    return expected(arrays(mask, sequence), window, mask, sequence, zero, **clip)
-
-
-@functools.cache
-def outputs_of_the_whole(mask, sequence, options):
-    options = {"return_sequences": sequence, **dict(options)}
-    function = function_of(None, constants=constants_of(mask), **options)
-    with without_graphs():
-        return function(*map(tf.constant, arrays(MASKS[mask], sequence)[:5]))
-
-
-@pytest.mark.parametrize(
-    ("window", "mask", "sequence"),
-    few(
-        itertools.product(WINDOWS, MASKS, [True, False]),
-        # Every window; and one of them with every mask, and for the last output.
-        lambda window, mask, sequence: (
-            window == (5, 2) or (mask == "holes" and sequence)
-        ),
-    ),
-)
-def test_equals_brute_force(window, mask, sequence):
-    check(window, mask, sequence)
-
-
-@pytest.mark.parametrize(
-    ("mode", "window", "mask"),
-    few(
-        itertools.product(MODES, FEW_WINDOWS, ["no mask", "holes"]),
-        lambda *case: (
-            case
-            in [
-                ("eager", (5, 2), "holes"),
-                ("xla", (7, 4), "holes"),
-            ]
-        ),
-    ),
-)
-def test_equals_brute_force_in_graphs(mode, window, mask):
-    check(window, mask, mode=mode, jit_compile=mode == "graph")
-
-
-@pytest.mark.parametrize(
-    ("steps", "window", "mask", "sequence"),
-    few(
-        itertools.product(
-            [1, 2, 9, 17],
-            [(3, 3), (5, 2), (3, 1), (9, 4), (20, 7)],
-            ["no mask", "right", "holes"],
-            [True, False],
-        ),
-        lambda *case: (
-            case
-            in [
-                (1, (5, 2), "holes", True),
-                (17, (5, 2), "holes", True),
-                (17, (3, 1), "no mask", False),
-            ]
-        ),
-    ),
-)
-def test_unknown_number_of_steps(steps, window, mask, sequence):
-    mask = MASKS[mask]
-    mask = None if mask is None else np.resize(mask, (B, steps))
-    problem = arrays(mask, sequence, steps)
-    function = function_of(
-        window,
-        constants={"mask": None if mask is None else tf.constant(mask)},
-        return_sequences=sequence,
-        jit_compile=True,
+def expected_of(window, mask, sequences, names, optional, steps, options):
+    """What `evaluate` gives, of the brute force over paths; `window` None: of all paths."""
+    problem = problem_of(sequences, optional, steps)
+    x, W, U, h_0, b, V, c, dy, ds = problem
+    constants, options = constants_of(mask, names, steps), dict(options)
+    written = {name: value for name, value in options.items() if name in WRITTEN}
+    # The outputs are those of the recurrence without a truncation.
+    unread = problem._replace(dy=np.zeros((B, steps, H)), V=None, c=None)
+    function = written_out(**written | {"return_sequences": True})
+    shown = evaluate(function, unread, constants)
+    y = shown["y"] if V is None else shown["y"] @ V
+    y = y if c is None else y + c
+    q = dy
+    if not sequences:
+        q = np.zeros_like(y)
+        q[:, -1] = dy
+    turn = slice(None, None, -1 if options.get("go_backwards") else 1)
+    mask = constants.get("mask", np.ones((B, steps), bool))[:, turn]
+    zero = options.get("zero_output_for_mask")
+    seen = mask if zero else np.logical_or.accumulate(mask, 1)
+    e = np.where(seen[..., None], q if V is None else q @ V.T, 0)
+    e[:, -1] += ds
+    d = constants.get("d", np.ones((B, D)))[:, None]
+    clip = {k: v for k, v in options.items() if k in CLIP}
+    kind = "clipped_gradients" if clip else "truncated_gradients"
+    steps, stride = window or (None, None)
+    found = getattr(truncated_reference, kind)(
+        *(d * np.where(mask[..., None], x[:, turn], 0), W, U),
+        *(np.zeros(H) if b is None else b, h_0, "tanh", e),
+        steps=steps,
+        stride=stride,
+        mask=mask,
+        recurrent_dropout=constants.get("r"),
+        factors=constants.get("factors"),
+        **clip,
     )
-    got, _ = gradients(function, problem, unknown=True)
-    assert_equal(got, expected(problem, window, mask, sequence))
+    gradients = (
+        *(d * found.d_inputs[:, turn], found.d_kernel, found.d_recurrent_kernel),
+        *(found.d_initial_state, found.d_bias),
+        *(np.einsum("bth,bto->ho", shown["y"], q), np.sum(q, (0, 1))),
+    )
+    y = y if sequences else y[:, -1]
+    return of_arguments(problem, y, shown["state"], gradients)
+
+
+# Options that change the result.
+TOLD = (*WRITTEN[1:], "adjoint_clipnorm")
+
+
+def check(
+    window,
+    mask="no mask",
+    sequences=True,
+    names=(),
+    mode="plain",
+    *,
+    optional="b",
+    steps=T,
+    dtype="float64",
+    **options,
+):
+    """One configuration against the brute force; NaN at masked steps changes nothing."""
+    constants = constants_of(mask, names, steps)
+    problem = problem_of(sequences, optional, steps)
+    problem = problem.without_padding(constants.get("mask"))
+    options["return_sequences"] = sequences
+    function = bound(dtype=dtype, window=window, **options)
+    got = evaluate(function, problem, constants, mode, dtype)
+    told = tuple((name, options[name]) for name in TOLD if options.get(name))
+    given = window, mask, sequences, tuple(names), optional, steps
+    expected = expected_of(*given, told)
+    if dtype == "float32":
+        return assert_close(got, expected, float32_tolerance((B, T, D, H, O)))
+    assert_close(got, expected)
+    for name in ("y", "state"):
+        assert relative_error(got[name], expected[name]) <= OUTPUTS, name
+
+
+CASES = [
+    # Every window; and one of them with every mask, and for the last output.
+    *((window, "holes", True) for window in WINDOWS),
+    *(((5, 2), mask, True) for mask in MASKS if mask != "holes"),
+    *(((5, 2), mask, False) for mask in MASKS),
+]
+
+
+@pytest.mark.parametrize(("window", "mask", "sequences"), CASES)
+def test_equals_brute_force(window, mask, sequences):
+    """With checkpoints too, after another number of steps in each case."""
+    check(window, mask, sequences)
+    place = CASES.index((window, mask, sequences))
+    check(window, mask, sequences, checkpoint_every=EVERY[place % len(EVERY)])
 
 
 @pytest.mark.parametrize(
-    ("window", "mask", "sequence"),
-    few(
-        itertools.product(
-            [(4, 4), (3, 1), (5, 2), (8, 3), (12, 5)], MASKS, [True, False]
-        ),
-        lambda window, mask, sequence: (
-            mask == "holes" if sequence else (window, mask) == ((8, 3), "right")
-        ),
-    ),
+    ("window", "mask", "sequences"),
+    [
+        *((window, "holes", True) for window in [(4, 4), (3, 1), (5, 2), (12, 5)]),
+        ((5, 2), "no mask", True),
+        ((8, 3), "right", False),
+    ],
 )
-def test_clipped_windows(window, mask, sequence):
+def test_clipped_windows(window, mask, sequences):
     """Each window for itself; one window where it holds all steps of an example."""
-    check(window, mask, sequence, adjoint_clipnorm=0.7)
+    for every in (None, 4):
+        check(window, mask, sequences, checkpoint_every=every, **CLIP)
+
+
+OPTIONS = {
+    "backwards": {"go_backwards": True},
+    "backwards, last": {"go_backwards": True, "sequences": False},
+    "zero": {"zero_output_for_mask": True},
+    "unrolled": {"unroll": True},
+    "two steps an iteration": {"unroll": 2},
+    "not kept": {"keep_states": False},
+    "last output, clipped": {"sequences": False, **CLIP},
+    "dropout": {"names": ("d", "r")},
+    "no bias": {"optional": ""},
+    "float32": {"dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option):
+    for every, window in ((None, (4, 4)), (4, (5, 2))):
+        check(window, "holes", checkpoint_every=every, **OPTIONS[option])
 
 
 @pytest.mark.parametrize(
-    ("mask", "mode"),
-    few(
-        itertools.product(["no mask", "holes"], MODES),
-        lambda mask, mode: mask == "holes" and mode == "xla",
-    ),
+    ("mode", "window", "options"),
+    [
+        ("eager", (5, 2), {}),
+        ("xla", (7, 4), CLIP),
+        ("xla", (4, 2), {"checkpoint_every": 5}),
+        # Factors of a random truncation; `test_checkpoints.py` has them in XLA.
+        ("unknown", None, {"names": ("factors",), **CLIP}),
+    ],
+    ids=str,
 )
-def test_clipped(mask, mode):
-    """Without a truncation: every step's adjoint, in every mode."""
-    mask = MASKS[mask]
-    problem = arrays(mask)
-    constants = {"mask": None if mask is None else tf.constant(mask)}
-    options = {"adjoint_clipnorm": 0.7, "return_sequences": True}
-    got, _ = gradients(function_of(None, constants=constants, **options), problem, mode)
-    want = expected(problem, (None, None), mask, adjoint_clipnorm=0.7)
-    assert_equal(got, want)
-    free = expected(problem, (None, None), mask)
-    assert relative_error(got[1], free[1]) > 0.01, "nothing was clipped"
+def test_equals_brute_force_in_every_mode(mode, window, options):
+    check(window, "holes", mode=mode, **options)
 
 
 @pytest.mark.parametrize(
-    ("window", "mask"),
-    few(
-        itertools.product([None, (4, 4), (5, 2)], ["no mask", "holes"]),
-        lambda window, mask: mask == "holes" and window != (4, 4),
-    ),
+    ("window", "mask", "sequences", "options"),
+    [
+        ((5, 2), "holes", True, {}),
+        ((5, 2), "holes", True, {"checkpoint_every": 3, **CLIP}),
+        ((3, 1), "no mask", False, {}),
+    ],
+    ids=str,
 )
-def test_parts_of_the_batch(monkeypatch, window, mask):
-    """As large batches are computed on two cores; the factors of a draw are cut too."""
-    monkeypatch.setattr(keras_bptt.engine.parts, "cores", lambda: 2)
-    monkeypatch.setattr(keras_bptt.engine.parts, "LEAST_WORK", 1)
-    monkeypatch.setattr(keras_bptt.engine.parts, "FEWEST_EXAMPLES", 1)
-    mask, factors = MASKS[mask], rng(7).choice([0.0, 1.25], size=(B, T))
-    problem = arrays(mask)
-    constants = {"mask": None if mask is None else tf.constant(mask)}
-    options = {}
-    if window is None:
-        constants["factors"], options = tf.constant(factors), {"factors": factors}
-    calls = []
-    original = keras_bptt.engine.backward.gradients_of_part
-    monkeypatch.setattr(
+def test_unknown_number_of_steps(window, mask, sequences, options):
+    """Where run time tells that one window holds all: full backpropagation, bit for bit."""
+    told = tuple(CLIP.items()) if "adjoint_clipnorm" in options else ()
+    options = options | {"return_sequences": sequences}
+
+    def graph(window):
+        function = bound(window=window, **options)
+        given = tensors_of(problem_of(sequences), constants_of(mask))
+        return of_unknown_sizes(first_order(function), *given, jit_compile=None)
+
+    run, whole = graph(window), graph(None)
+    for steps in (1, window[0], 17):
+        constants = constants_of(mask, (), steps)
+        given = tensors_of(problem_of(sequences, "b", steps), constants)
+        got = named(run(*given))
+        assert_close(got, expected_of(window, mask, sequences, (), "b", steps, told))
+        if steps <= window[0]:
+            for name, want in named(whole(*given)).items():
+                np.testing.assert_array_equal(got[name], want, name)
+
+
+@pytest.mark.parametrize("sequences", [True, False], ids=["sequences", "last"])
+def test_factors_equal_brute_force(sequences):
+    check(None, "holes", sequences, ("factors",))
+
+
+def test_clipping_changes_something():
+    given = None, "holes", True, (), "b", T
+    free, clipped = (expected_of(*given, told) for told in ((), tuple(CLIP.items())))
+    assert relative_error(clipped["d_W"], free["d_W"]) > 0.01
+
+
+def check_parts(window, mask, names=(), **options):
+    """As large batches are computed on two cores."""
+    parts = {"cores": lambda: 2, "LEAST_WORK": 1, "FEWEST_EXAMPLES": 1}
+    with mock.patch.multiple(keras_bptt.engine.parts, **parts):
+        check(window, mask, True, names, "graph", jit_compile=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("every", "optional"),
+    [(None, "bVc"), pytest.param(4, "b", marks=pytest.mark.slow)],
+)
+def test_parts_of_the_batch(every, optional):
+    """Whatever belongs to examples is cut; `test_checkpoints.py` has a draw's factors."""
+    with mock.patch.object(
         keras_bptt.engine.backward,
         "gradients_of_part",
-        lambda *args: calls.append(args) or original(*args),
-    )
-    function = function_of(
-        window, constants=constants, return_sequences=True, jit_compile=True
-    )
-    got, _ = gradients(function, problem, "graph")
-    assert len(calls) == 2
-    assert_equal(got, expected(problem, window or (None, None), mask, **options))
+        wraps=keras_bptt.engine.backward.gradients_of_part,
+    ) as of_part:
+        check_parts((5, 2), "holes", optional=optional, checkpoint_every=every)
+    assert of_part.call_count == 2
 
 
 @pytest.mark.parametrize(
-    "mask", [pytest.param("no mask", marks=pytest.mark.slow), "holes"]
+    ("window", "sequences"),
+    [((5, 2), True), ((4, 4), False), ((5, 2), False), ((3, 1), False)],
+    ids=str,
 )
-def test_factors_of_an_unknown_number_of_steps(mask):
-    mask, factors = MASKS[mask], rng(7).choice([0.0, 1.25], size=(B, T))
-    constants = {
-        "mask": None if mask is None else tf.constant(mask),
-        "factors": tf.constant(factors),
-    }
-    problem = arrays(mask)
-    function = function_of(None, constants=constants, return_sequences=True)
-    got, _ = gradients(function, problem, unknown=True)
-    assert_equal(got, expected(problem, (None, None), mask, factors=factors))
-
-
-# ------------------------------------------------------- against automatic differentiation
-
-
-def gated(h, factor):
-    """h, whose gradient is multiplied by a factor."""
-    number = tf.stop_gradient(h)
-    return number + factor * (h - number)
-
-
-def windows(window, x, W, U, h_0, b, r=None, f=tf.tanh, factors=None):
-    """For each block the states h_t of its window, by t, and the one before them.
-
-    A window that does not begin with the sequence begins at a constant.
-    """
+@pytest.mark.parametrize("every", [None, 4])
+@without_graphs()
+def test_gradient_ends_with_the_window(window, sequences, every):
+    """Outside of it exactly zero, inside not."""
     steps, stride = window
-
-    def run(h, start, end):
-        h = {start - 1: h}
-        for t in range(start, end):
-            before = h[t - 1] if r is None else r * h[t - 1]
-            if factors is not None and t:
-                before = gated(before, factors[:, t, None])
-            h[t] = f(x[:, t] @ W + before @ U + b)
-        return h
-
-    T = x.shape[1]
-    states = run(h_0, 0, T)
-    for end in range(T, 0, -stride):
-        start = max(0, end - steps)
-        first = tf.stop_gradient(states[start - 1]) if start else h_0
-        yield range(max(0, end - stride), end), run(first, start, end)
-
-
-def unrolled(window, *arguments, **options):
-    """y and the last state: of each block from its window."""
-    y = {}
-    for block, h in windows(window, *arguments, **options):
-        y |= {t: h[t] for t in block}
-    return tf.stack([y[t] for t in sorted(y)], 1), y[max(y)]
+    tensors, _ = tensors_of(problem_of(), {})
+    arguments = {name: t for name, t in tensors.items() if name in ARGUMENTS}
+    ends = arguments["x"], arguments["h_0"]
+    options = {"return_sequences": sequences, "checkpoint_every": every}
+    function = bound(window=window, **options)
+    for t in range(1, T + 1) if sequences else [T]:
+        with tf.GradientTape() as tape:
+            tape.watch(ends)
+            y, _ = function(arguments, {})
+            loss = tf.reduce_sum(y[:, t - 1] ** 2 if sequences else y**2)
+        d_x, d_h_0 = tape.gradient(loss, ends)
+        end = T - stride * ((T - t) // stride)
+        inside = [max(1, end - steps + 1) <= j <= t for j in range(1, T + 1)]
+        size = np.max(np.abs(d_x), axis=2)
+        assert np.all((size > 1e-6) == inside)
+        assert np.all(size[:, ~np.array(inside)] == 0)
+        assert np.any(d_h_0 != 0) == (end <= steps)
 
 
-def clipped(window, most, x, W, U, h_0, b, dy, ds, factors=None):
-    """The clipped gradients of sum dy y + sum ds state, their scales constants."""
-    last = x.shape[1] - 1
-    d_x = [tf.zeros_like(x[:, 0])] * (last + 1)
-    d_W, d_U, d_h_0, d_b = map(tf.zeros_like, (W, U, h_0, b))
-    for block, h in windows(window, x, W, U, h_0, b, factors=factors):
-        a = tf.zeros_like(h_0)
-        for t in sorted(h, reverse=True)[:-1]:
-            if t in block:
-                a += dy[:, t] + (ds if t == last else 0)
-            norm = tf.norm(a, axis=1, keepdims=True)
-            a *= tf.stop_gradient(tf.minimum(1.0, most / norm))
-            delta = a * (1 - h[t] ** 2)
-            xi = 1 if factors is None or t == 0 else factors[:, t, None]
-            before = h[t - 1] if factors is None or t == 0 else gated(h[t - 1], xi)
-            d_x[t] += delta @ tf.transpose(W)
-            d_W += tf.transpose(x[:, t]) @ delta
-            d_U += tf.transpose(before) @ delta
-            d_b += tf.reduce_sum(delta, 0)
-            a = xi * (delta @ tf.transpose(U))
-        d_h_0 += a if min(h) == -1 else 0
-    return tf.stack(d_x, 1), d_W, d_U, d_h_0, d_b
-
-
-def random_directions(problem, seed=9):
-    random = rng(seed)
-    return [random.normal(size=array.shape) for array in problem[:5]]
-
-
-def first_order(function, *problem, power=2):
-    """The gradients of a loss. Not a linear one: then cotangents have derivatives too."""
-    *arguments, dy, ds = problem
-    with tf.GradientTape() as tape:
-        tape.watch(arguments)
-        y, state = function(*arguments)
-        loss = tf.reduce_sum(dy * y**power) + tf.reduce_sum(ds * state**power)
-    return tape.gradient(loss, arguments)
-
-
-def derivatives(first, problem, directions=None):
-    """The gradients of the scalar <first(problem), directions>."""
-    tensors = [tf.constant(array) for array in problem]
-    directions = directions or random_directions(problem)
-    with tf.GradientTape() as tape:
-        tape.watch(tensors[:5])
-        pairs = zip(first(*tensors), directions, strict=True)
-        scalar = tf.add_n([tf.reduce_sum(d * direction) for d, direction in pairs])
-    return [d.numpy() for d in tape.gradient(scalar, tensors[:5])]
-
-
-def second_order(function, problem, directions=None, power=2):
-    """The derivatives of the gradients of `function`, along random directions."""
-    first = functools.partial(first_order, function, power=power)
-    return derivatives(first, problem, directions)
-
-
-SECOND_ORDER = [(4, 4), (3, 1), (5, 2)]
-
-
-@pytest.mark.parametrize(
-    ("window", "sequence", "mode"),
-    few(
-        itertools.product(SECOND_ORDER, [True, False], ["plain", "eager"]),
-        lambda window, sequence, mode: (
-            sequence == (window != (5, 2)) and (mode == "plain" or window == (5, 2))
-        ),
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [*WAYS, "unknown"])
+@examples(100)
+@given(
+    window=st.sampled_from([None, *WINDOWS]),
+    mask=st.sampled_from(sorted(MASKS)),
+    sequences=st.booleans(),
+    names=st.sets(st.sampled_from(["d", "r"])),
+    steps=st.sampled_from([1, 2, T, 17]),
+    optional=st.sampled_from(["b", "bVc", "bV", "Vc"]),
+    flags=st.fixed_dictionaries(
+        {
+            "go_backwards": st.booleans(),
+            "zero_output_for_mask": st.booleans(),
+            "unroll": st.sampled_from([False, 2]),
+            "keep_states": st.booleans(),
+            "jit_compile": st.booleans(),
+            "checkpoint_every": st.sampled_from([None, *EVERY]),
+            "adjoint_clipnorm": st.sampled_from([None, 0.7]),
+        }
     ),
 )
-def test_second_order(window, sequence, mode):
-    """The same policy in every scan; for chunks a tf.stop_gradient between them."""
-    problem = arrays(None, sequence)
-
-    def theirs(*arguments, window=window):
-        y, state = unrolled(window, *arguments)
-        return y if sequence else y[:, -1], state
-
-    want = second_order(theirs, problem)
-    ours = function_of(window, return_sequences=sequence)
-    assert_equal(WAYS[mode](second_order)(ours, problem), want)
-    whole = second_order(lambda *a: theirs(*a, window=(T, T)), problem)
-    assert relative_error(whole[1], want[1]) > 0.01, "the window changed nothing"
-
-
-@pytest.mark.parametrize(
-    ("window", "mode"),
-    few(
-        itertools.product([None, *SECOND_ORDER], ["plain", "eager"]),
-        lambda window, mode: mode == "plain" and window in (None, (5, 2)),
-    ),
-)
-def test_second_order_of_clipped_gradients(window, mode):
-    """For fixed cotangents: one that depends on y meets the clipped gradient of y."""
-    problem = arrays()
-    first = functools.partial(clipped, window or (T, T), 0.7)
-    ours = function_of(window, return_sequences=True, adjoint_clipnorm=0.7)
-    got = WAYS[mode](second_order)(ours, problem, power=1)
-    assert_equal(got, derivatives(first, problem))
-
-
-@pytest.mark.parametrize(
-    ("window", "mask"),
-    few(
-        itertools.product(SECOND_ORDER, ["left", "holes"]),
-        lambda window, mask: mask == "holes" and window == (5, 2),
-    ),
-)
-@without_graphs()
-def test_second_order_with_a_mask(window, mask):
-    second_order_row_by_row(MODULES, window, mask)
-
-
-@pytest.mark.parametrize(
-    ("window", "mask"),
-    few(
-        itertools.product([*SECOND_ORDER, (12, 5)], ["left", "right", "holes"]),
-        lambda window, mask: (window, mask) == ((5, 2), "right"),
-    ),
-)
-@without_graphs()
-def test_second_order_of_clipped_gradients_with_a_mask(window, mask):
-    second_order_row_by_row(MODULES, window, mask, most=0.7)
-
-
-@pytest.mark.parametrize(
-    ("window", "activation"),
-    few(
-        itertools.product([(4, 4), (5, 2)], ["softmax", "gelu"]),
-        lambda window, activation: (window == (5, 2)) == (activation == "softmax"),
-    ),
-)
-def test_other_activations_and_dropout(window, activation):
-    """One that mixes units, and one whose slope is no function of the output."""
-    check_dropout(MODULES, window, activation)
-
-
-# ------------------------------------------------------------------- randomised truncation
-
-
-def draw(seed=7):
-    return rng(seed).choice([0.0, 1.25], size=(B, T))
-
-
-@pytest.mark.parametrize(
-    ("mask", "sequence", "mode"),
-    few(
-        itertools.product(MASKS, [True, False], WAYS),
-        lambda mask, sequence, mode: (
-            mask == "holes" and mode != "eager" and (sequence or mode == "plain")
-        ),
-    ),
-)
-def test_factors_equal_brute_force(mask, sequence, mode):
-    mask, factors = MASKS[mask], draw()
-    problem = arrays(mask, sequence)
-    constants = {
-        "mask": None if mask is None else tf.constant(mask),
-        "factors": tf.constant(factors),
-    }
-    function = function_of(None, constants=constants, return_sequences=sequence)
-    got, _ = gradients(function, problem, mode)
-    want = expected(problem, (None, None), mask, sequence, factors=factors)
-    assert_equal(got, want)
-
-
-@without_graphs()
-def test_second_order_of_factors():
-    check_second_order_of_factors(MODULES)
-    check_second_order_of_factors(MODULES, most=0.7)
-
-
-@without_graphs()
-def test_factors_of_chunks_are_chunks():
-    """Two ways to the same paths."""
-    problem = arrays()
-    factors = np.ones((B, T))
-    factors[:, [1, 5]] = 0  # T = 9 in chunks of 4: 0 | 1 2 3 4 | 5 6 7 8
-    by_factors = function_of(
-        None, constants={"factors": tf.constant(factors)}, return_sequences=True
-    )
-    by_window = function_of((4, 4), return_sequences=True)
-    for order in (
-        lambda f: gradients(f, problem)[0],
-        lambda f: second_order(f, problem),
-    ):
-        assert_equal(order(by_window), order(by_factors))
+def test_options_by_chance(
+    mode, window, mask, sequences, names, steps, optional, flags
+):
+    flags["jit_compile"] &= mode != "xla"
+    names = tuple(sorted(names)) + ("factors",) * (window is None)
+    options = {"steps": steps, "optional": optional, **flags}
+    check(window, mask, sequences, names, mode, **options)
 
 
 # ------------------------------------------------------------------- how long the pass is
+
+
+def test_rows_are_as_many_as_windows_hold_a_step():
+    """Their number is what a step of the pass with checkpoints costs."""
+    for window, rows in {(3, 3): 1, (3, 1): 3, (5, 2): 3, (4, 2): 2, (9, 2): 5}.items():
+        ds = Arriving((tf.ones([B, H]),))
+        (of_windows,) = keras_bptt.engine.windows.rows_of(
+            Truncation(*window), ds
+        ).adjoints
+        assert of_windows.shape == (rows * B, H)
 
 
 def recurrent_products(program):
@@ -588,12 +404,12 @@ def recurrent_products(program):
 
 def backward_program(window, T, masked):
     """XLA's of the backward pass alone, from the states to the gradients."""
-    options = MODULES.recurrence.Recurrence(
+    options = Recurrence(
         activation=keras_bptt.cells.activations.resolve(tf.tanh, H, "float32"),
         return_sequences=True,
         truncation=None if window is None else Truncation(*window),
     )
-    x, W, U, h_0, b, dy, ds = arrays(T=T)
+    x, W, U, h_0, b, _, _, dy, ds = problem_of(steps=T)
     h = rng(1).normal(size=dy.shape)
     tensors = [tf.constant(a, "float32") for a in (h, h_0, dy, ds, x, W, U, h_0, b)]
     if masked:
@@ -601,7 +417,7 @@ def backward_program(window, T, masked):
 
     @tf.function(jit_compile=True, autograph=False)
     def backward(h, last, dy, ds, x, W, U, h_0, b, *mask):
-        constants = MODULES.recurrence.Constants(*mask)
+        constants = Constants(*mask)
         arguments = arguments_of(x, W, U, h_0, b)
         known = (h, (last,)), ((),), (dy, (ds,))
         return keras_bptt.engine.backward.backward(
@@ -618,9 +434,7 @@ DEPTH = [(32, 32), (32, 16), (32, 8), (32, 5), (32, 1)]
     ("window", "steps", "masked"),
     few(
         itertools.product(DEPTH, [512, 4096], [False, True]),
-        lambda window, steps, masked: (
-            (window, steps, masked) in [(DEPTH[2], 512, True), (DEPTH[3], 4096, False)]
-        ),
+        lambda *case: case == ((32, 5), 512, True),
     ),
 )
 def test_backward_pass_is_as_long_as_a_window(window, steps, masked):
@@ -632,140 +446,3 @@ def test_full_backward_pass_is_as_long_as_the_sequence():
     """The control of the test above; and a window that is longer than the sequence."""
     assert recurrent_products(backward_program(None, 512, False)) == 512
     assert recurrent_products(backward_program((32, 8), 20, False)) <= 32
-
-
-# --------------------------------------------------------- checks that test_breaks.py runs
-
-
-@functools.cache
-def second_order_of_rows(window, mask, most):
-    """What every example has alone, added up: several checks are compared with it."""
-    mask = MASKS[mask]
-    problem = arrays(mask)
-    x, W, U, h_0, b, dy, ds = problem
-    directions = random_directions(problem)
-    want = [np.zeros_like(array) for array in (x, W, U, h_0, b)]
-    power = 2 if most is None else 1
-    for row, real in enumerate(mask):
-        one, N = slice(row, row + 1), real.sum()
-        if not N:
-            # The loss is ds h_0^power.
-            want[3][row] = (power - 1) * 2 * ds[row] * directions[3][row]
-            continue
-        # An output at a masked step is that of the real one before.
-        owner = np.cumsum(real) - 1
-        weights = np.zeros((1, N, H))
-        np.add.at(weights[0], owner[owner >= 0], dy[row, owner >= 0])
-        alone = x[one, real], W, U, h_0[one], b, weights, ds[one]
-        along = [d[one] if i in (0, 3) else d for i, d in enumerate(directions)]
-        along[0] = along[0][:, real]
-        own = window if window[0] < N else (N, N)
-        first = functools.partial(first_order, lambda *a, own=own: unrolled(own, *a))
-        if most is not None:
-            first = functools.partial(clipped, own, most)
-        d_x, d_W, d_U, d_h_0, d_b = derivatives(first, alone, along)
-        want[0][row, real], want[3][row] = d_x[0], d_h_0[0]
-        for total, part in zip(want[1:], (d_W, d_U, 0, d_b), strict=True):
-            total += part
-    return want
-
-
-def second_order_row_by_row(modules, window, mask, most=None):
-    """Second order with a mask: every example is what it is alone, clipped or not."""
-    want = second_order_of_rows(window, mask, most)
-    mask = MASKS[mask]
-    problem = arrays(mask)
-    directions = random_directions(problem)
-    power = 2 if most is None else 1
-    function = function_of(
-        window,
-        modules,
-        constants={"mask": tf.constant(mask)},
-        return_sequences=True,
-        adjoint_clipnorm=most,
-    )
-    assert_equal(second_order(function, problem, directions, power), want)
-
-
-def check_factors(modules, mask, **options):
-    mask, factors = MASKS[mask], draw()
-    problem = arrays(mask)
-    constants = {
-        "mask": None if mask is None else tf.constant(mask),
-        "factors": tf.constant(factors),
-    }
-    function = function_of(
-        None, modules, constants=constants, return_sequences=True, **options
-    )
-    got, _ = gradients(function, problem)
-    want = expected(problem, (None, None), mask, factors=factors, **options)
-    assert_equal(got, want)
-
-
-@functools.cache
-def second_order_by_tapes(most):
-    """What the checks of factors are compared with."""
-    factors, problem = tf.constant(draw()), arrays()
-    if most is None:
-        return second_order(lambda *a: unrolled((T, T), *a, factors=factors), problem)
-    first = functools.partial(clipped, (T, T), most, factors=factors)
-    return derivatives(first, problem)
-
-
-def check_second_order_of_factors(modules, most=None):
-    ours = function_of(
-        None,
-        modules,
-        constants={"factors": tf.constant(draw())},
-        return_sequences=True,
-        adjoint_clipnorm=most,
-    )
-    got = second_order(ours, arrays(), power=2 if most is None else 1)
-    assert_equal(got, second_order_by_tapes(most))
-
-
-def check_dropout(modules, window, activation):
-    problem = arrays()
-    r = tf.constant(rng(5).choice([0.0, 1.25], size=(B, H)))
-    ours = function_of(window, modules, activation, {"r": r}, return_sequences=True)
-    f = getattr(keras.activations, activation)
-    got, _ = gradients(ours, problem)
-    want, _ = gradients(lambda *a: unrolled(window, *a, r=r, f=f), problem)
-    assert_equal(got, want)
-
-
-def first(window, mask, sequence=True, **more):
-    return functools.partial(check, window, mask, sequence, **more)
-
-
-CHECKS = {
-    "chunks": each(first((4, 4), "no mask"), first((4, 4), "left")),
-    "overlapping": each(first((5, 2), "no mask"), first((8, 3), "holes")),
-    "whole levels": each(first((4, 2), "right")),
-    "sliding": each(first((3, 1), "holes")),
-    "last output": each(first((4, 2), "no mask", False), first((4, 4), "holes", False)),
-    "clipped": each(
-        first((4, 2), "right", adjoint_clipnorm=0.7),
-        first((4, 4), "holes", adjoint_clipnorm=0.7),
-    ),
-    "dropout": each(
-        lambda modules: check_dropout(modules, (4, 4), "tanh"),
-        lambda modules: check_dropout(modules, (5, 2), "gelu"),
-    ),
-    "factors": each(
-        lambda modules: check_factors(modules, "no mask"),
-        lambda modules: check_factors(modules, "holes", adjoint_clipnorm=0.7),
-    ),
-    "second order": each(
-        lambda modules: second_order_row_by_row(modules, (5, 2), "holes"),
-        lambda modules: second_order_row_by_row(modules, (4, 4), "left"),
-    ),
-    "clipped, second order": each(
-        lambda modules: second_order_row_by_row(modules, (4, 2), "right", 0.7),
-        lambda modules: second_order_row_by_row(modules, (12, 5), "holes", 0.7),
-    ),
-    "factors, second order": each(
-        check_second_order_of_factors,
-        functools.partial(check_second_order_of_factors, most=0.7),
-    ),
-}
