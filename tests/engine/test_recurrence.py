@@ -525,7 +525,7 @@ SHARED = ("optional", "unroll", "jit_compile", "checkpoint_every")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [*MODES, "unknown", "unknown, xla"])
-@examples(150)
+@examples(60)
 @given(
     of_reference=st.tuples(st.sampled_from([*SHAPES]), st.sampled_from(ACTIVATIONS)),
     options=st.fixed_dictionaries(

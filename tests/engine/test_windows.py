@@ -46,19 +46,9 @@ from keras_bptt.truncation import Truncation
 # All different. Blocks of 2, 3 and 4 steps: T is a multiple of none of them but one.
 B, T, D, H, O = 5, 9, 2, 3, 4  # noqa: E741
 
-# Chunks that fit and do not, sliding, overlapping in whole and broken blocks, all paths.
-WINDOWS = [
-    (1, 1),
-    (3, 3),
-    (4, 4),
-    (3, 1),
-    (4, 2),
-    (5, 2),
-    (7, 4),
-    (8, 3),
-    (9, 2),
-    (12, 5),
-]
+# Chunks that fit and do not; sliding, overlapping in whole and broken blocks, all paths.
+CHUNKS = [(1, 1), (3, 3), (4, 4)]
+WINDOWS = [*CHUNKS, (3, 1), (4, 2), (5, 2), (7, 4), (8, 3), (9, 2), (12, 5)]
 # Blocks shorter and longer than windows, whole and broken ones, one, and more than steps.
 EVERY = [1, 2, 3, 4, 5, T - 1, T, T + 5, "sqrt"]
 MASKS = {
