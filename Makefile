@@ -59,8 +59,8 @@ test-slow: $(VENV)/.installed-test  ## Run the tests that take long (hours; PART
 
 # Of the layer and its truncation the tests in which tf.function calls it, as `fit` does, and
 # all of exports and `convert`: make test-oldest TESTS='$(CORE)'
-CORE := $(addprefix tests/layers/test_,bptt_rnn.py layer_truncation.py export.py convert.py) \
-	-k "graph or export or convert"
+CORE := $(addprefix tests/layers/test_,contract.py saving.py convert.py) \
+	-k "graph or saving or convert"
 
 test-oldest:  ## Run the tests with the oldest Python, TensorFlow and Keras of setup.cfg
 	$(MAKE) test VENV=.venv-oldest PYTHON=$(PYTHON_OLDEST) CONSTRAINTS=tests/oldest.txt

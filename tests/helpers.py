@@ -104,7 +104,7 @@ def pair(units=H, features=D, radius=1.0, batch=B, **options):
     return layers
 
 
-def evaluate(layer, x, mode="eager", *, state=None, seed=2, **call):
+def evaluate(layer, x, mode="eager", *, state=None, seed=2, order=1, **call):
     """Outputs of `layer`, and their gradients under random cotangents, as arrays.
 
     Args:
@@ -113,6 +113,7 @@ def evaluate(layer, x, mode="eager", *, state=None, seed=2, **call):
         mode: the name of one of `WAYS`.
         state: the initial state, an array or a list of arrays, differentiated too.
         seed: of the cotangents, which are never ones: those hide exchanged steps.
+        order: of the derivatives. 2: those of a weighted sum of squares of the first.
         **call: other arguments of the call, such as a mask.
 
     Returns:
@@ -127,7 +128,11 @@ def evaluate(layer, x, mode="eager", *, state=None, seed=2, **call):
     variables = [v.value for v in layer.trainable_variables]
     random = rng(seed)
 
-    def run(x, states, tensors):
+    def weighted(tensors):
+        wide = [tf.cast(t, "float64") for t in tensors]
+        return sum(tf.reduce_sum(t * random.normal(size=t.shape)) for t in wide)
+
+    def run(x, states, tensors, order=order):
         arguments = {**static, **tensors}
         if states:
             arguments["initial_state"] = (
@@ -136,13 +141,13 @@ def evaluate(layer, x, mode="eager", *, state=None, seed=2, **call):
         sources = [x] if x.dtype.is_floating else []
         with tf.GradientTape() as tape:
             tape.watch(sources + states)
-            outputs = tf.nest.flatten(layer(x, **arguments))
-            loss = sum(layer.losses, tf.zeros([], "float64"))
-            loss = tf.cast(loss, "float64")
-            for y in outputs:
-                loss += tf.reduce_sum(
-                    tf.cast(y, "float64") * random.normal(size=y.shape)
-                )
+            if order == 1:
+                outputs = tf.nest.flatten(layer(x, **arguments))
+                loss = sum(layer.losses, tf.zeros([], "float64"))
+                loss = tf.cast(loss, "float64") + weighted(outputs)
+            else:
+                outputs, gradients = run(x, states, tensors, order - 1)
+                loss = weighted([g * g for g in gradients])
         gradients = tape.gradient(
             loss,
             sources + states + variables,
@@ -180,7 +185,7 @@ def assert_same(got, expected, tolerance=FLOAT64, dead=()):
             assert np.max(np.abs(array)) > 1e-3, f"{name} vanished: nothing was tested"
 
 
-def assert_near(got, expected):
+def assert_near(got, expected, tolerance=FLOAT64):
     """Compare two results of `evaluate` of a random problem.
 
     Some are too small or too masked to have every gradient: relative to 1 at least.
@@ -189,7 +194,7 @@ def assert_near(got, expected):
     for name, array in expected.items():
         scale = max(1.0, np.max(np.abs(array), initial=0.0))
         error = np.max(np.abs(got[name] - array), initial=0.0) / scale
-        assert error <= FLOAT64, f"{name}: error {error:.1e}"
+        assert error <= tolerance, f"{name}: error {error:.1e}"
 
 
 def plain(mode, random=True):

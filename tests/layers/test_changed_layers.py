@@ -145,43 +145,6 @@ def test_units_do_not_change():
 
 # --- Options
 
-SET = {
-    "truncation": ([3, None], [0, "foo", 2.5]),
-    "checkpoint_every": ([3, "sqrt", None], [-5, "foo", 0, True, 2.5]),
-    "adjoint_clipnorm": ([0.5, None], [-5, "foo", 0, np.inf, True]),
-    "jit_compile": ([True, False, "auto"], [None, "foo", 1]),
-    "unroll": ([True, 3, False], [-5, "foo", 0, None]),
-}
-
-
-@pytest.mark.parametrize("built", [False, True])
-@pytest.mark.parametrize("name", SET)
-def test_options_are_checked_where_they_are_set(name, built):
-    right, wrong = SET[name]
-    layer = BPTTRNN(H)
-    if built:
-        layer.build((None, None, D))
-    for value in right:
-        setattr(layer, name, value)
-        assert layer.get_config().get(name) == BPTTRNN(
-            H, **{name: value}
-        ).get_config().get(name)
-        for other in wrong:
-            with pytest.raises(ValueError) as error:
-                BPTTRNN(H, **{name: other})
-            before = layer.get_config()
-            with pytest.raises(ValueError) as same:
-                setattr(layer, name, other)
-            assert str(same.value) == str(error.value)
-            assert layer.get_config() == before
-
-
-def test_clipping_in_float16_is_refused_where_it_is_set():
-    layer = BPTTRNN(H, dtype="mixed_float16")
-    with pytest.raises(ValueError, match="wider range.*float16"):
-        layer.adjoint_clipnorm = 1.0
-    assert layer.adjoint_clipnorm is None
-
 
 @pytest.mark.parametrize(
     ("name", "value"),

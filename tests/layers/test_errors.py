@@ -20,20 +20,115 @@ def inputs(*shape):
     return random_inputs(*(shape or (B, T, D))).astype("float32")
 
 
-@pytest.mark.parametrize(
-    "units", [0, -1, 2.5, 3.0, "3", True, None, np.float64(3)], ids=repr
-)
-def test_units(units):
-    received = re.escape(f"Received: units={units!r}")
-    with pytest.raises(ValueError, match=f"positive integer.*{received}"):
-        BPTTRNN(units)
+# For each argument: what an error says is allowed; values that are not, and that are.
+ARGUMENTS = {
+    "units": ("positive integer", [0, -1, 2.5, 3.0, "3", True, None], [np.int64(3)]),
+    "output_units": (
+        "positive integer.*or None",
+        [0, 2.5, "8", True, [3]],
+        [np.int32(3)],
+    ),
+    "truncation": (
+        "positive integer, a Truncation.*Pass k",
+        [0, -1, 2.0, True, False, "10", [3], {"steps": 3}],
+        [np.int32(3), Truncation(3), RandomizedTruncation(3), None],
+    ),
+    "checkpoint_every": (
+        "positive integer.*'sqrt'.*or None",
+        [0, -1, 2.5, True, "log", [3]],
+        [3, np.int64(3), "sqrt", None],
+    ),
+    "adjoint_clipnorm": (
+        "positive finite number.*None to clip nothing",
+        [0, -1, 0.0, "1", np.inf, np.nan, True, [1]],
+        [0.5, 2, np.float32(2), np.int64(2), None],
+    ),
+    "adjoint_max_growth": (
+        "finite number of at least 1.*None to clip nothing",
+        [0.9, 0, -1, "1", np.inf, np.nan, True, [1]],
+        [1, 1.0, np.float32(2), np.int64(2), None],
+    ),
+    "jit_compile": ("True, False or 'auto'", [None, "foo", 1], [True, False, "auto"]),
+    "unroll": (
+        "True.*False, or a positive integer",
+        [-5, 0, None, "a"],
+        [True, 3, False],
+    ),
+}
+# These two have no setter.
+SET = [name for name in ARGUMENTS if "units" not in name]
 
 
-@pytest.mark.parametrize("units", [np.int32(3), np.int64(3)], ids=repr)
-def test_units_may_be_any_integer(units):
-    layer = BPTTRNN(units)
-    assert type(layer.units) is int
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_wrong_arguments(name):
+    allowed, wrong, _ = ARGUMENTS[name]
+    for value in wrong:
+        received = re.escape(f"Received: {name}={value!r}")
+        with pytest.raises(ValueError) as error:
+            BPTTRNN(**{"units": H} | {name: value})
+        said = str(error.value)
+        assert re.search(received, said) and re.search(allowed, said, re.DOTALL), said
+
+
+@pytest.mark.parametrize("name", ["units", "output_units", "checkpoint_every"])
+def test_integers_of_numpy_become_integers(name):
+    layer = BPTTRNN(**{"units": 3} | {name: np.int64(3)})
+    assert type(layer.get_config()[name]) is int
     assert layer(inputs()).shape == (B, 3)
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("name", SET)
+def test_options_are_checked_where_they_are_set(name, built):
+    """As where the layer is made, in the same words; what was set before stays."""
+    _, wrong, right = ARGUMENTS[name]
+    layer = BPTTRNN(H)
+    if built:
+        layer.build((None, None, D))
+        right = [
+            value for value in right if not isinstance(value, RandomizedTruncation)
+        ]
+    for value in right:
+        setattr(layer, name, value)
+        made = BPTTRNN(H, **{name: value})
+        assert getattr(layer, name) == getattr(made, name)
+        assert layer.get_config().get(name) == made.get_config().get(name)
+        for other in wrong:
+            with pytest.raises(ValueError) as error:
+                BPTTRNN(H, **{name: other})
+            before = layer.get_config()
+            with pytest.raises(ValueError) as same:
+                setattr(layer, name, other)
+            assert str(same.value) == str(error.value)
+            assert layer.get_config() == before
+
+
+def test_a_built_layer_gets_no_randomized_truncation():
+    layer = BPTTRNN(H)
+    layer.build((None, None, D))
+    with pytest.raises(ValueError, match="no layer that is built.*Make the layer with"):
+        layer.truncation = RandomizedTruncation(3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16", "global"])
+def test_adjoint_clipnorm_in_float16(dtype):
+    """Where the layer is made, where its dtype is the global one, and where it is set."""
+    options = {"dtype": dtype} if dtype != "global" else {}
+    if dtype == "global":
+        keras.config.set_dtype_policy("mixed_float16")
+    try:
+        refused = pytest.raises(
+            ValueError, match="wider range.*float16.*mixed_bfloat16"
+        )
+        with refused:
+            BPTTRNN(H, adjoint_clipnorm=1.0, **options)
+        layer = BPTTRNN(H, **options)
+        with refused:
+            layer.adjoint_clipnorm = 1.0
+        assert layer.adjoint_clipnorm is None
+    finally:
+        keras.config.set_dtype_policy("float32")
+    BPTTRNN(H, adjoint_clipnorm=1.0, dtype="mixed_bfloat16")
 
 
 def test_unknown_argument():
@@ -105,33 +200,23 @@ RANKS = {
 }
 
 
+@pytest.mark.parametrize("symbolic", [False, True], ids=["eager", "symbolic"])
 @pytest.mark.parametrize("rank", RANKS)
-def test_rank(rank):
+def test_rank(rank, symbolic):
     shape, remedy = RANKS[rank]
     layer = BPTTRNN(H)
+    x = keras.Input(batch_shape=shape) if symbolic else inputs(*shape)
     for _ in ("unbuilt", "built"):
         with pytest.raises(
             ValueError, match=rf"(?s)Received: shape \({shape[0]},.*{remedy}"
         ):
-            layer(inputs(*shape))
+            layer(x)
         layer(inputs())
 
 
 def test_no_timesteps():
     with pytest.raises(ValueError, match=r"at least one timestep.*Received: shape"):
         BPTTRNN(H)(inputs(B, 0, D))
-
-
-@pytest.mark.parametrize("rank", RANKS)
-def test_rank_of_symbolic_inputs(rank):
-    shape, remedy = RANKS[rank]
-    layer = BPTTRNN(H)
-    for _ in ("unbuilt", "built"):
-        with pytest.raises(
-            ValueError, match=rf"(?s)Received: shape \({shape[0]},.*{remedy}"
-        ):
-            layer(keras.Input(batch_shape=shape))
-        layer(inputs())
 
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["eager", "symbolic"])
@@ -180,25 +265,6 @@ def test_state_shape(shape):
         BPTTRNN(H)(inputs(), initial_state=state)
 
 
-@pytest.mark.parametrize("batch", [1, B + 1])
-@pytest.mark.parametrize("mode", ["graph", "xla"])
-def test_state_shape_at_run_time(mode, batch):
-    """A state of one row for three examples would broadcast without a word."""
-    layer = BPTTRNN(H)
-    layer.build((None, None, D))
-
-    @tf.function(
-        jit_compile=mode == "xla",
-        input_signature=[tf.TensorSpec((None, None, D)), tf.TensorSpec((None, H))],
-    )
-    def call(x, state):
-        return layer(x, initial_state=state)
-
-    call(inputs(), tf.zeros((B, H)))
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
-        call(inputs(), tf.zeros((batch, H)))
-
-
 @pytest.mark.parametrize("count", [0, 2])
 def test_number_of_states(count):
     states = [tf.zeros((B, H))] * count
@@ -215,28 +281,6 @@ WRONG_MASKS = [(B, T + 1), (B + 1, T), (1, T), (B, 1), (T,), (B, T, 2), (B, T, 1
 def test_mask_shape(shape):
     with pytest.raises(ValueError, match="`mask` of shape.*one boolean for each step"):
         BPTTRNN(H)(inputs(), mask=tf.ones(shape, tf.bool))
-
-
-@pytest.mark.parametrize("mode", ["graph", "xla"])
-@pytest.mark.parametrize("sequence", [False, True], ids=["last output", "sequence"])
-@pytest.mark.parametrize("shape", [(B, T + 1), (B, T - 1), (B, 1), (1, T)], ids=str)
-def test_mask_shape_at_run_time(shape, sequence, mode):
-    """No number may come out where sizes that are known late do not fit."""
-    layer = BPTTRNN(H, return_sequences=sequence)
-    layer.build((None, None, D))
-
-    @tf.function(
-        jit_compile=mode == "xla",
-        input_signature=[
-            tf.TensorSpec((None, None, D)),
-            tf.TensorSpec((None, None), tf.bool),
-        ],
-    )
-    def call(x, mask):
-        return layer(x, mask=mask)
-
-    with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
-        call(inputs(), tf.ones(shape, tf.bool))
 
 
 # --- Activation
@@ -323,82 +367,7 @@ def test_activation_is_checked_where_a_graph_is_built(symbolic):
             tf.function(layer)(inputs())
 
 
-# --- Truncation and clipping
-
-
-@pytest.mark.parametrize(
-    "truncation", [0, -1, 2.0, True, False, "10", [3], {"steps": 3}], ids=repr
-)
-def test_truncation(truncation):
-    received = re.escape(f"Received: truncation={truncation!r}")
-    with pytest.raises(
-        ValueError, match=f"positive integer, a Truncation.*{received}.*Pass k"
-    ):
-        BPTTRNN(H, truncation=truncation)
-
-
-def test_stride_longer_than_the_window():
-    with pytest.raises(ValueError, match="Received: stride=4, steps=3.*raise `steps`"):
-        BPTTRNN(H, truncation=Truncation(3, 4))
-
-
-@pytest.mark.parametrize("mean_steps", [1, 0, -2, np.inf, np.nan, True, "3"], ids=repr)
-def test_mean_steps(mean_steps):
-    received = re.escape(f"Received: mean_steps={mean_steps!r}")
-    with pytest.raises(
-        ValueError, match=f"greater than 1.*{received}.*use truncation="
-    ):
-        BPTTRNN(H, truncation=RandomizedTruncation(mean_steps))
-
-
-@pytest.mark.parametrize("clip", [0, -1, 0.0, "1", np.inf, np.nan, True, [1]], ids=repr)
-def test_adjoint_clipnorm(clip):
-    received = re.escape(f"Received: adjoint_clipnorm={clip!r}")
-    with pytest.raises(ValueError, match=f"positive finite number.*{received}.*None"):
-        BPTTRNN(H, adjoint_clipnorm=clip)
-
-
-@pytest.mark.parametrize("clip", [2, np.float32(2), np.int64(2)], ids=repr)
-def test_adjoint_clipnorm_may_be_any_number(clip):
-    layer = BPTTRNN(H, adjoint_clipnorm=clip)
-    assert layer.adjoint_clipnorm == 2.0 and type(layer.adjoint_clipnorm) is float
-
-
-@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
-def test_adjoint_clipnorm_in_float16(dtype):
-    with pytest.raises(ValueError, match="wider range.*float16.*'mixed_bfloat16'"):
-        BPTTRNN(H, adjoint_clipnorm=1.0, dtype=dtype)
-    BPTTRNN(H, adjoint_clipnorm=1.0, dtype="mixed_bfloat16")
-
-
-def test_adjoint_clipnorm_in_a_global_float16():
-    keras.config.set_dtype_policy("mixed_float16")
-    try:
-        with pytest.raises(ValueError, match="wider range"):
-            BPTTRNN(H, adjoint_clipnorm=1.0)
-    finally:
-        keras.config.set_dtype_policy("float32")
-
-
 # --- The output layer
-
-
-@pytest.mark.parametrize("output_units", [0, -1, 2.5, 3.0, True, "8", [3]], ids=repr)
-def test_output_units(output_units):
-    received = re.escape(f"Received: output_units={output_units!r}")
-    with pytest.raises(
-        ValueError, match=f"`output_units`.*positive integer.*None.*{received}"
-    ):
-        BPTTRNN(H, output_units=output_units)
-    with pytest.raises(ValueError, match=received):
-        BPTTRNN(H, output_units=output_units, output_activation="tanh")
-
-
-@pytest.mark.parametrize("output_units", [np.int32(3), np.int64(3)], ids=repr)
-def test_output_units_may_be_any_integer(output_units):
-    layer = BPTTRNN(H, output_units=output_units)
-    assert type(layer.get_config()["output_units"]) is int
-    assert layer(inputs()).shape == (B, 3)
 
 
 @pytest.mark.parametrize("g", ["softmax", np.tanh], ids=["name", "function"])
@@ -426,7 +395,7 @@ def test_arguments_are_keywords():
     """Behind those of SimpleRNN, whose places they must not take."""
     places = [*inspect.signature(keras.layers.SimpleRNN.__init__).parameters]
     ours = inspect.signature(BPTTRNN.__init__).parameters
-    added = ("truncation", "adjoint_clipnorm", "output_units", "output_activation")
+    added = {*ARGUMENTS, "output_activation"} - {"units", "unroll"}
     for name in added:
         assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY, name
         assert name not in places

@@ -1,4 +1,8 @@
-"""Configuration, saving, training with `fit`, and models that leave without the package."""
+"""Configuration, files, and models that leave without the package.
+
+Every layer of `configurations.LAYERS` with every option goes out and comes back: as a
+configuration, a `.keras` file, weights, a SavedModel in a process that has no keras_bptt.
+"""
 
 import copy
 import functools
@@ -14,16 +18,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from configurations import LAYERS, OWN, fill, layer_of, sine
 from helpers import (
     FLOAT32,
+    FLOAT64,
     B,
     D,
     H,
-    T,
     few,
     needs_keras,
     random_inputs,
-    random_weights,
     relative_error,
     rng,
     without_graphs,
@@ -31,10 +35,13 @@ from helpers import (
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
 
+T = 7
 
-@keras.saving.register_keras_serializable(package="test_export")
-def wave(z):
-    return tf.sin(z) + 0.1 * z
+
+@pytest.fixture(params=LAYERS)
+def name(request):
+    """The name of a layer."""
+    return request.param
 
 
 # --- Configuration
@@ -66,200 +73,275 @@ NOT_DEFAULT = {
     "dtype": "mixed_bfloat16",
     "trainable": False,
 }
+NOT_OF_THE_HOST = {
+    "truncation": [
+        Truncation(3),
+        Truncation(5, stride=2),
+        RandomizedTruncation(2.5),
+        RandomizedTruncation(4, seed=7),
+    ],
+    "checkpoint_every": [1, 20, "sqrt", np.int64(5)],
+    "adjoint_clipnorm": [1.5, 2],
+    "adjoint_max_growth": [1.0, 3],
+    "jit_compile": [True, False],
+    "output_units": [3],
+}
 
 
-@pytest.mark.parametrize("name", NOT_DEFAULT)
-def test_config_keeps_every_argument(name):
-    """One at a time, next to what SimpleRNN makes of it."""
-    options = {"units": 3, "name": "rnn"} | {name: NOT_DEFAULT[name]}
-    layer = BPTTRNN(**options)
-    config = layer.get_config()
-    assert config == keras.layers.SimpleRNN(**options).get_config()
-    assert BPTTRNN.from_config(config).get_config() == config
+@pytest.mark.parametrize("argument", NOT_DEFAULT)
+def test_config_keeps_every_argument_of_the_host(name, argument):
+    """One at a time, next to what the host makes of it."""
+    make, host = LAYERS[name].layer, LAYERS[name].host
+    options = {"units": 3, "name": "rnn"} | {argument: NOT_DEFAULT[argument]}
+    config = make(**options).get_config()
+    assert config == host(**options).get_config()
+    assert make.from_config(config).get_config() == config
     # These two do not reach the configuration of SimpleRNN in every version of Keras.
-    if name not in ("activity_regularizer", "seed"):
-        assert config[name] != BPTTRNN(3, name="rnn").get_config()[name]
+    if argument not in ("activity_regularizer", "seed"):
+        assert config[argument] != make(3, name="rnn").get_config()[argument]
+
+
+def test_config_says_nothing_of_what_was_not_asked_for(name):
+    """So the host can take it."""
+    make, host = LAYERS[name].layer, LAYERS[name].host
+    layer = make(H)
+    assert layer.jit_compile == "auto"
+    assert all(getattr(layer, key) is None for key in OWN if key != "jit_compile")
+    config = make(H, activation="relu", return_state=True).get_config()
+    theirs = host.from_config(config).get_config()
+    assert theirs == config == make.from_config(theirs).get_config()
+
+
+def same(a, b):
+    return a == b and type(a) is type(b)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [(key, value) for key, values in NOT_OF_THE_HOST.items() for value in values],
+    ids=str,
+)
+def test_config_keeps_what_is_not_of_the_host(name, argument, value):
+    """Through JSON; the host, which would give another gradient, refuses it."""
+    layer = LAYERS[name].layer(H, **{argument: value})
+    assert getattr(layer, argument) == value
+    config = json.loads(json.dumps(layer.get_config()))
+    written = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
+    assert written["registered_name"] == f"keras_bptt>{name}"
+    for again in (
+        LAYERS[name].layer.from_config(config),
+        keras.saving.deserialize_keras_object(written),
+        keras.models.clone_model(keras.Sequential([layer])).layers[0],
+    ):
+        assert type(again) is LAYERS[name].layer
+        assert getattr(again, argument) == value
+        assert again.get_config() == layer.get_config()
+    with pytest.raises((TypeError, ValueError)):
+        LAYERS[name].host.from_config(config)
 
 
 @pytest.mark.parametrize(
     "activation",
     [
-        "tanh",
         None,
-        wave,
+        sine,
         pytest.param(
             keras.layers.ReLU(2.0),
             marks=needs_keras("3.10", "reading an activation that is a layer"),
         ),
     ],
 )
-def test_config_round_trip(activation):
-    layer = BPTTRNN(H, activation=activation, return_sequences=True)
+def test_config_keeps_a_function(name, activation):
+    """Of the cell and of the output layer."""
+    options = {"activation": activation, "output_activation": activation}
+    layer = LAYERS[name].layer(H, output_units=2, **options)
     config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
-    assert config["registered_name"] == "keras_bptt>BPTTRNN"
     again = keras.saving.deserialize_keras_object(config)
-    assert type(again) is BPTTRNN
-    x = random_inputs().astype("float32")
+    x = random_inputs(B, T, D).astype("float32")
     again.build(x.shape)
     layer.build(x.shape)
     again.set_weights(layer.get_weights())
     np.testing.assert_array_equal(again(x), layer(x))
 
 
-def test_config_goes_to_simplernn_and_back():
-    config = BPTTRNN(H, activation="relu", return_state=True).get_config()
-    config = keras.layers.SimpleRNN.from_config(config).get_config()
-    assert BPTTRNN.from_config(config).get_config() == config
+# --- Weights
+
+
+@pytest.mark.parametrize("truncation", [None, *NOT_OF_THE_HOST["truncation"]], ids=str)
+def test_weights_are_those_of_the_host(name, truncation):
+    """They go both ways; a seed is no weight."""
+    ours = layer_of(name, truncation=truncation)
+    theirs = LAYERS[name].host(H, dtype="float64")
+    theirs.build((B, None, D))
+    names = [
+        [(w.name, tuple(w.shape)) for w in layer.weights] for layer in (theirs, ours)
+    ]
+    assert names[0] == names[1]
+    x = random_inputs(B, T, D)
+    for source, target in ((ours, theirs), (theirs, ours)):
+        fill(source, seed=9 + (source is ours))
+        before = relative_error(target(x), source(x))
+        target.set_weights(source.get_weights())
+        assert before > 1e-2
+        assert relative_error(target(x), source(x)) < FLOAT64
 
 
 # --- Models
 
+PADDING = -9.0
+MODELS = {
+    "plain": {"activation": sine, "recurrent_regularizer": "l2"},
+    "chunks": {"truncation": 3, "adjoint_clipnorm": 1.5},
+    "windows": {"truncation": Truncation(5, stride=2), "adjoint_max_growth": 2.0},
+    "randomized": {"truncation": RandomizedTruncation(2.5, seed=7)},
+    "checkpoints": {"checkpoint_every": "sqrt"},
+    "output layer": {"output_units": 3, "output_activation": "softmax"},
+}
 
-def small_model(layer, mask_value=None):
-    """A functional model of unknown batch and length."""
+
+def model_of(name, mask=True, wrap=lambda layer: layer, **options):
+    """A functional model of unknown batch and length, with a mask."""
+    options = {"return_sequences": True, "jit_compile": False} | options
     inputs = keras.Input((None, D))
-    x = inputs if mask_value is None else keras.layers.Masking(mask_value)(inputs)
-    return keras.Model(inputs, layer(x))
-
-
-def training_data():
-    """Whether the running sum of the first feature is positive: solved by memory."""
-    x = rng(3).normal(size=(64, T, D)).astype("float32")
-    return x, (x[..., 0].sum(1, keepdims=True) > 0).astype("float32")
-
-
-def classifier(layer):
-    model = keras.Sequential(
-        [keras.Input((None, D)), layer, keras.layers.Dense(1, activation="sigmoid")]
-    )
-    model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy")
+    x = keras.layers.Masking(PADDING)(inputs) if mask else inputs
+    model = keras.Model(inputs, wrap(LAYERS[name].layer(H, **options))(x))
+    fill(model)
     return model
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"jit_compile": "auto"},
-        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
-        pytest.param({"run_eagerly": True}, marks=pytest.mark.slow),
-    ],
-    ids=["auto", "xla", "eager"],
-)
-def test_fit_lowers_the_loss_as_simplernn_does(options):
-    losses = []
-    for layer_class in (keras.layers.SimpleRNN, BPTTRNN):
-        keras.utils.set_random_seed(1)
-        model = classifier(layer_class(H))
-        model.compile(keras.optimizers.Adam(0.02), "binary_crossentropy", **options)
-        fit = model.fit(*training_data(), epochs=5, batch_size=16, verbose=0)
-        losses.append(fit.history["loss"])
-    assert losses[1][-1] < 0.9 * losses[1][0]
-    # Twenty steps of Adam, which divides by the size of the gradient, and so lets the
-    # rounding of small ones through.
-    assert relative_error(losses[1], losses[0]) < 50 * FLOAT32
+def inputs_of(i=0, batch=B, steps=T, masked=True):
+    x = random_inputs(batch, steps, D, seed=i).astype("float32")
+    if masked:
+        x[rng(i + 9).random((batch, steps)) < 0.3] = PADDING
+        x[0] = PADDING
+    return x
 
 
-def test_clone_model():
-    model = classifier(BPTTRNN(H, return_sequences=False, activation="relu"))
-    clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
-    x, _ = training_data()
-    np.testing.assert_array_equal(clone(x), model(x))
-    assert type(clone.layers[0]) is BPTTRNN
+def train(model, x):
+    if not model.compiled:
+        model.compile(keras.optimizers.Adam(0.02), "mse", run_eagerly=True)
+    model.train_on_batch(x, np.tanh(random_inputs(*model(x).shape, seed=3)))
 
 
-def test_clone_model_puts_it_in_the_place_of_simplernn():
-    """How a trained model takes the layer in."""
-    model = classifier(keras.layers.SimpleRNN(H, activation="relu"))
+@pytest.mark.parametrize("kind", [*MODELS, "both directions"])
+def test_keras_file(name, kind, tmp_path):
+    """Options, weights and the state of the optimizer: training goes on as if nothing was.
 
-    def replace(layer):
-        if type(layer) is keras.layers.SimpleRNN:
-            return BPTTRNN.from_config(layer.get_config())
-        return layer.__class__.from_config(layer.get_config())
-
-    clone = keras.models.clone_model(model, clone_function=replace)
-    clone.set_weights(model.get_weights())
-    x, _ = training_data()
-    assert type(clone.layers[0]) is BPTTRNN
-    assert relative_error(clone(x), model(x)) < FLOAT32
-
-
-@pytest.mark.parametrize(
-    "wrapped",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["layer", "Bidirectional"],
-)
-def test_keras_file(wrapped, tmp_path):
-    """Weights and the state of the optimizer: training goes on as if nothing was."""
-    layer = BPTTRNN(H, activation=wave, recurrent_regularizer="l2")
-    model = classifier(keras.layers.Bidirectional(layer) if wrapped else layer)
-    x, y = training_data()
-    model.fit(x, y, verbose=0, shuffle=False)
+    Keras keeps of a generator the seed, not how often it was asked.
+    """
+    both = {} if kind in MODELS else {"wrap": keras.layers.Bidirectional}
+    model, x = model_of(name, **both, **MODELS.get(kind, MODELS["plain"])), inputs_of()
+    if kind != "randomized":
+        train(model, x)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(x), model(x))
-    assert loaded.optimizer.iterations.numpy() == 2
+    before = model.get_weights()
     for each in (model, loaded):
-        each.fit(x, y, verbose=0, shuffle=False)
-    for got, expected in zip(loaded.get_weights(), model.get_weights(), strict=True):
-        assert relative_error(got, expected) < FLOAT32
+        train(each, x)
+    for got, want, old in zip(
+        loaded.get_weights(), model.get_weights(), before, strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+        assert np.any(want != old)
 
 
-def test_weights_file(tmp_path):
-    model, other = classifier(BPTTRNN(H)), classifier(BPTTRNN(H))
+def replaced(name, model, tmp_path):
+    """How a trained model of Keras takes the layer in."""
+
+    def replace(layer):
+        host, make = LAYERS[name].host, LAYERS[name].layer
+        return (make if type(layer) is host else type(layer)).from_config(
+            layer.get_config()
+        )
+
+    inputs, options = keras.Input((None, D)), {"return_sequences": True}
+    x = keras.layers.Masking(PADDING)(inputs)
+    theirs = keras.Model(inputs, LAYERS[name].host(H, activation=sine, **options)(x))
+    clone = keras.models.clone_model(theirs, clone_function=replace)
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+def cloned(name, model, tmp_path):
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+def from_weights_file(name, model, tmp_path):
+    clone = keras.models.clone_model(model)
     model.save_weights(tmp_path / "model.weights.h5")
-    other.load_weights(tmp_path / "model.weights.h5")
-    x, _ = training_data()
-    np.testing.assert_array_equal(other(x), model(x))
+    clone.load_weights(tmp_path / "model.weights.h5")
+    return clone
 
 
-def test_copies():
-    model = small_model(BPTTRNN(H))
-    x, _ = training_data()
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other.layers[1]) is BPTTRNN
-        np.testing.assert_array_equal(other(x), model(x))
+COPIES = {
+    "clone": cloned,
+    "clone of the host": replaced,
+    "weights file": from_weights_file,
+    "deepcopy": lambda name, model, path: copy.deepcopy(model),
+    "pickle": lambda name, model, path: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "output layer"])
+@pytest.mark.parametrize("how", COPIES)
+def test_copies(name, kind, how, tmp_path):
+    if (how, kind) == ("clone of the host", "output layer"):
+        pytest.skip("which has none")
+    model, x = model_of(name, **MODELS[kind]), inputs_of()
+    copied = COPIES[how](name, model, tmp_path)
+    assert type(copied.layers[-1]) is LAYERS[name].layer
+    np.testing.assert_allclose(copied(x), model(x), rtol=0, atol=0)
+
+
+def test_prediction_does_not_change_in_a_model(name):
+    """`predict`, in batches that do not divide the examples, as the host's."""
+    x = inputs_of(batch=23)
+    ours = model_of(name)
+    inputs = keras.Input((None, D))
+    theirs = LAYERS[name].host(H, return_sequences=True)
+    theirs = keras.Model(inputs, theirs(keras.layers.Masking(PADDING)(inputs)))
+    theirs.set_weights(ours.get_weights())
+    got, expected = (m.predict(x, batch_size=10, verbose=0) for m in (ours, theirs))
+    assert relative_error(got, expected) < FLOAT32
 
 
 # --- Without the package
 
-LAYERS = {
+SEQUENCE = {"return_sequences": True}
+LEAVING = {
+    "mask": SEQUENCE,
     "last output": {},
-    "softmax": {"activation": "softmax", "return_sequences": True},
+    "softmax": {"activation": "softmax"} | SEQUENCE,
     "backwards": {"go_backwards": True, "activation": "gelu"},
-    "mask": {"return_sequences": True},
     "mixed precision": {"dtype": "mixed_bfloat16"},
     "chunks, checkpoints, output layer": {
         "truncation": 2,
         "checkpoint_every": 3,
         "output_units": 5,
-        "return_sequences": True,
-    },
+    }
+    | SEQUENCE,
     # Its cotangents are those of the state alone: the loss reads the last output.
-    "windows, state": {
-        "truncation": Truncation(3, 2),
-        "return_sequences": True,
-        "return_state": True,
-    },
+    "windows, state": {"truncation": Truncation(3, 2), "return_state": True} | SEQUENCE,
     "clipped": {"adjoint_clipnorm": 0.5, "checkpoint_every": "sqrt"},
     # Off where `training` is false.
-    "randomised": {"truncation": RandomizedTruncation(2, seed=4)},
+    "randomized": {"truncation": RandomizedTruncation(2, seed=4)},
 }
 # By tf.saved_model.save and ExportArchive in place of model.export.
-SAVED = {"mask, softmax": {"activation": "softmax", "return_sequences": True}}
+SAVED = {"mask, softmax": {"activation": "softmax"} | SEQUENCE}
 ARCHIVED = {"sliding window": {"truncation": Truncation(4, 1)}}
 KEYS = [
-    f"{how} {name}"
-    for how, layers in (("export", LAYERS), ("save", SAVED), ("archive", ARCHIVED))
-    for name in layers
+    f"{how}/{layer}/{case}"
+    for layer in LAYERS
+    for how, cases in (("export", LEAVING), ("save", SAVED), ("archive", ARCHIVED))
+    for case in cases
 ]
-# In every mode by default, and in one; the rest takes long, together.
-IN_ALL_MODES = ("export mask",)
-IN_ONE_MODE = (
-    "save mask, softmax",
-    "export chunks, checkpoints, output layer",
-)
-PADDING = -9.0
+# By default in every mode, and in one; the rest takes long, together.
+IN_ALL_MODES = ("export/BPTTRNN/mask",)
+IN_ONE_MODE = ("save/BPTTRNN/mask, softmax",)
+IN_ONE_MODE += tuple(f"export/{n}/chunks, checkpoints, output layer" for n in LAYERS)
 # Another batch and another length than any at which the model was traced.
 EXAMPLES = [(B, T), (2, 9)]
 # Each must work after the others.
@@ -309,14 +391,6 @@ np.savez(f"{folder}/results.npz", **results)
 """
 
 
-def example(i, masked):
-    x = rng(i).normal(size=(*EXAMPLES[i], D)).astype("float32")
-    if masked:
-        x[rng(i + 9).random(EXAMPLES[i]) < 0.3] = PADDING
-        x[0] = PADDING
-    return x
-
-
 @without_graphs()
 def first_order(model, x, cotangent):
     x = tf.constant(x)
@@ -348,29 +422,28 @@ def reloaded(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("models")
     items = request.session.items
     tests = [i for i in items if "reloaded" in getattr(i, "fixturenames", ())]
-    asked = {
-        (test.callspec.params["key"], test.callspec.params["mode"]) for test in tests
-    }
+    asked = {(t.callspec.params["key"], t.callspec.params["mode"]) for t in tests}
     modes = {key: [m for m in MODES if (key, m) in asked] for key in KEYS}
     modes = {key: of_key for key, of_key in modes.items() if of_key}
     expected = {}
     for key in modes:
-        how, name = key.split(" ", 1)
-        options = (LAYERS | SAVED | ARCHIVED)[name]
-        masked = name.startswith("mask")
-        layer = BPTTRNN(H, **options)
-        model = small_model(layer, PADDING if masked else None)
-        layer.cell.set_weights(random_weights())
+        how, name, case = key.split("/")
+        masked = case.startswith("mask")
+        options = {"return_sequences": False, "jit_compile": "auto"}
+        options |= (LEAVING | SAVED | ARCHIVED)[case]
+        model = model_of(name, mask=masked, **options)
         save(model, how, str(folder / key))
         arrays = {}
-        for i in range(2):
-            x = example(i, masked)
-            shape = tf.nest.flatten(model(x))[-1].shape
-            c = rng(7).normal(size=shape).astype("float32")
+        for i, (batch, steps) in enumerate(EXAMPLES):
+            x = inputs_of(i, batch, steps, masked)
+            c = (
+                rng(7)
+                .normal(size=tf.nest.flatten(model(x))[-1].shape)
+                .astype("float32")
+            )
             arrays |= {f"x{i}": x, f"c{i}": c}
             expected[key, i] = first_order(model, x, c)
         np.savez(folder / f"{key}.npz", **arrays)
-
     finished = subprocess.run(
         [sys.executable, "-c", CONSUMER, str(folder), json.dumps(modes)],
         capture_output=True,
@@ -407,9 +480,10 @@ def test_saved_model_without_the_package(key, mode, reloaded):
         assert f"{got}/d{len(gradients)}" not in results
 
 
-def test_export_does_not_ask_for_xla(tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "output layer"])
+def test_export_does_not_ask_for_xla(name, kind, tmp_path):
     """An exported graph must load, and convert, where there is no XLA."""
-    model = small_model(BPTTRNN(H))
+    model = model_of(name, **MODELS[kind] | {"jit_compile": "auto"})
     model.export(tmp_path / "model", verbose=False)
     graph = tf.saved_model.load(tmp_path / "model").signatures["serving_default"].graph
     functions = graph.as_graph_def().library.function
@@ -419,27 +493,43 @@ def test_export_does_not_ask_for_xla(tmp_path):
         assert "PyFunc" not in {node.op for node in function.node_def}
 
 
-def test_one_step_an_iteration_is_one_loop():
+def test_one_step_an_iteration_is_one_loop(name):
     """Of a sequence: no block, no rest, and one write, which is what ONNX knows."""
     writes = {}
     for unroll in (1, False):
-        model = small_model(BPTTRNN(H, return_sequences=True, unroll=unroll))
-        call = tf.function(model, input_signature=[tf.TensorSpec((None, None, D))])
+        model = model_of(name, mask=False, unroll=unroll)
+        signature = [tf.TensorSpec((None, None, D))]
+        call = tf.function(model, input_signature=signature, autograph=False)
         graph = call.get_concrete_function().graph.as_graph_def()
         nodes = [n.op for f in graph.library.function for n in f.node_def]
         writes[unroll] = nodes.count("TensorListSetItem")
     assert writes[1] == 1 < writes[False]
 
 
-def test_prediction_does_not_change_in_a_model():
-    """`predict`, in batches that do not divide the examples, as SimpleRNN's."""
-    x, _ = training_data()
-    outputs = []
-    for layer_class in (keras.layers.SimpleRNN, BPTTRNN):
-        model = small_model(layer_class(H), 0.0)
-        model.set_weights(random_weights())
-        outputs.append(model.predict(x, batch_size=10, verbose=0))
-    assert relative_error(outputs[1], outputs[0]) < FLOAT32
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "windows", "checkpoints", "output layer"])
+def test_saved_training_step(name, kind, tmp_path):
+    """The gradient itself, saved as part of a graph, for any batch and length."""
+    layer = layer_of(name, jit_compile=False, **MODELS[kind] | SEQUENCE)
+    units = layer.output_units or H
+
+    def gradients(x, c):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(c * layer(x, training=True))
+        return tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    step = tf.Module()
+    step.weights = [v.value for v in layer.trainable_variables]
+    shapes = [(None, None, D), (None, None, units)]
+    signature = [tf.TensorSpec(shape, tf.float64) for shape in shapes]
+    step.gradients = tf.function(gradients, input_signature=signature)
+    tf.saved_model.save(step, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    for batch, steps in ((B, T), (2, 12), (4, 3)):
+        x, c = random_inputs(batch, steps, D), random_inputs(batch, steps, units)
+        pairs = zip(loaded.gradients(x, c), gradients(tf.constant(x), c), strict=True)
+        for got, expected in pairs:
+            assert relative_error(got, expected) < FLOAT64
 
 
 # --- What TensorFlow keeps and what it does not
@@ -465,7 +555,7 @@ NO_GRADIENT = pytest.raises(
 def test_second_derivatives_of_a_loaded_model_raise(windows):
     """TensorFlow saves none; a wrong number would be the other way to say so."""
     loaded = tf.saved_model.load(windows[1])
-    x = tf.constant(example(0, False))
+    x = tf.constant(inputs_of(masked=False))
     with tf.GradientTape() as outer:
         outer.watch(x)
         with tf.GradientTape() as inner:
@@ -482,7 +572,7 @@ def test_a_gradient_that_was_not_saved_raises(windows, tmp_path):
     call = tf.function(windows[0], input_signature=signature)
     tf.saved_model.save(windows[0], tmp_path, signatures=call, options=options)
     loaded = tf.saved_model.load(tmp_path)
-    x = tf.constant(example(0, False))
+    x = tf.constant(inputs_of(masked=False))
     with tf.GradientTape() as tape:
         tape.watch(x)
         (y,) = loaded.signatures["serving_default"](x).values()
@@ -496,7 +586,7 @@ def test_jacobian_of_a_loaded_model(name, windows):
     """TensorFlow's vectorised one cannot take the saved gradient, and says so."""
     model, path = windows
     loaded = tf.saved_model.load(path)
-    x = tf.constant(example(0, False))
+    x = tf.constant(inputs_of(masked=False))
 
     def jacobian(call, **options):
         with tf.GradientTape() as tape:
@@ -517,7 +607,7 @@ def test_jacobian_of_a_loaded_model(name, windows):
 def test_loaded_model_in_keras(windows):
     """As a layer, which `fit` trains with the gradient that was exported."""
     model, path = windows
-    x = example(0, False)
+    x = inputs_of(masked=False)
     y = rng(5).normal(size=(B, H)).astype("float32")
     served = keras.layers.TFSMLayer(path, call_endpoint="serve")
     models = keras.models.clone_model(model), keras.Sequential([served])
@@ -533,11 +623,11 @@ def test_loaded_model_in_keras(windows):
         assert relative_error(got, expected) < FLOAT32
 
 
-def test_state_leaves_with_the_model(tmp_path):
+def test_state_leaves_with_the_model(name, tmp_path):
     """It goes on from where it was, and is reset by an endpoint of its own."""
-    layer = BPTTRNN(H, stateful=True, return_sequences=True)
+    layer = LAYERS[name].layer(H, stateful=True, return_sequences=True)
     model = keras.Sequential([keras.Input((None, D), batch_size=B), layer])
-    x = example(0, False)
+    x = inputs_of(masked=False)
     model(x[:, ::-1])
     archive = keras.export.ExportArchive()
     archive.track(model)
@@ -564,7 +654,7 @@ def test_saved_model_cli(windows, tmp_path):
     """The command line of TensorFlow shows the signature, and runs it."""
     model, path = windows
     command = pathlib.Path(sys.executable).with_name("saved_model_cli")
-    x = example(1, False)
+    x = inputs_of(1, 2, 9, masked=False)
     np.save(tmp_path / "x.npy", x)
     signature = ["--tag_set", "serve", "--signature_def", "serving_default"]
     results = [
