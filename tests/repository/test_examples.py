@@ -20,7 +20,6 @@ import pytest
 from helpers import FLOAT32
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-sys.path.append(str(EXAMPLES))  # for what examples share
 SHARED = {"basics.py", "common.py"}
 NAMES = sorted({path.name for path in EXAMPLES.glob("*.py")} - SHARED)
 
