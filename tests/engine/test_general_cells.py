@@ -764,7 +764,7 @@ def check_higher_order(order, name, mode="plain", **options):
         (2, "gelu", "one masked step", "plain"),
         # The scales of clipping are constants.
         (2, "tanh", "both", "plain"),
-        (2, "tanh", "growth, windows", "plain"),
+        (2, "gelu", "growth, windows", "plain"),
         (2, "projected", "growth, factors", "plain"),
     ],
 )
