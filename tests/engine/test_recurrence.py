@@ -527,7 +527,10 @@ SHARED = ("optional", "unroll", "jit_compile", "checkpoint_every")
 @pytest.mark.parametrize("mode", [*MODES, "unknown", "unknown, xla"])
 @examples(60)
 @given(
-    of_reference=st.tuples(st.sampled_from([*SHAPES]), st.sampled_from(ACTIVATIONS)),
+    # Through 37 steps of sigmoid no gradient lasts.
+    of_reference=st.sampled_from(
+        [(s, "tanh") for s in SHAPES] + [("usual", f) for f in ACTIVATIONS]
+    ),
     options=st.fixed_dictionaries(
         {
             "activation": st.sampled_from(KINDS),
