@@ -251,7 +251,7 @@ def test_drawn_in_graphs(drawn):
 
 
 @examples(30, derandomize=True)
-@given(configurations(modes=["plain"], steps=5))
+@given(configurations(modes=["plain"], order=2))
 def test_drawn_second_order(drawn):
     check_drawn(drawn, order=2, tolerance=10 * FLOAT64)
 
@@ -265,7 +265,7 @@ def test_many_drawn(drawn):
 
 @pytest.mark.slow
 @examples(300)
-@given(configurations(steps=5))
+@given(configurations(order=2))
 def test_many_drawn_second_order(drawn):
     check_drawn(drawn, order=2, tolerance=10 * FLOAT64)
 
