@@ -1,12 +1,7 @@
 """The recurrence of a plain RNN with its tensors one by one, as the checks want it."""
 
-import types
-
 import tensorflow as tf
 
-import keras_bptt.engine.blocks
-import keras_bptt.engine.parts
-from keras_bptt.cells import activations
 from keras_bptt.cells.simple_rnn import SimpleRNN
 from keras_bptt.engine import options as static
 from keras_bptt.engine import recurrence as engine
@@ -35,24 +30,3 @@ def recurrence(options, constants, *tensors, **named):
     arguments = arguments_of(*tensors, **named)
     y, (state,) = engine.recurrence(options, constants, arguments)
     return y, state
-
-
-# What the checks take.
-MODULES = types.SimpleNamespace(
-    activations=activations,
-    blocks=keras_bptt.engine.blocks,
-    parts=keras_bptt.engine.parts,
-    recurrence=types.SimpleNamespace(
-        Recurrence=Recurrence, Constants=Constants, recurrence=recurrence
-    ),
-)
-
-
-def each(*checks):
-    """The checks as one."""
-
-    def check(modules=MODULES):
-        for one in checks:
-            one(modules=modules)
-
-    return check

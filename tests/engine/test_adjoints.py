@@ -17,8 +17,9 @@ from helpers import (
     rng,
     without_graphs,
 )
-from plain_rnn import MODULES, Constants, arguments_of
+from plain_rnn import Constants, Recurrence, arguments_of
 
+from keras_bptt.cells.activations import resolve
 from keras_bptt.engine.recurrence import recurrence
 from keras_bptt.flow.measurement import linearised
 from keras_bptt.layers.observing import observed, observed_or
@@ -39,9 +40,9 @@ def arguments(x=X, V=None):
     return arguments_of(*map(tf.constant, (x, W, U, H_0, BIAS)), V)
 
 
-def options_of(modules=MODULES, f="tanh", **given):
-    f = modules.activations.resolve(keras.activations.get(f), H, "float64")
-    return modules.recurrence.Recurrence(f, return_sequences=True, **given)
+def options_of(f="tanh", **given):
+    f = resolve(keras.activations.get(f), H, "float64")
+    return Recurrence(f, return_sequences=True, **given)
 
 
 def by_probe(options, constants=None, **given):
@@ -81,7 +82,6 @@ def assert_same(found, expected):
 
 
 def check(
-    modules=MODULES,
     f="tanh",
     truncation=None,
     mask=MIXED_MASK,
@@ -93,7 +93,6 @@ def check(
 ):
     """The probe equals the reference."""
     options = options_of(
-        modules,
         f,
         truncation=truncation,
         adjoint_clipnorm=clip,
@@ -101,7 +100,7 @@ def check(
         checkpoint_every=checkpoints,
     )
     tensors = (None if t is None else tf.constant(t) for t in (r, factors))
-    constants = modules.recurrence.Constants(tf.constant(mask), None, *tensors)
+    constants = Constants(tf.constant(mask), None, *tensors)
     expected = by_path(f, truncation, mask, r, factors, clip, backwards)
     assert_same(by_probe(options, constants), expected)
 

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from configurations import centred, sine
 from helpers import (
     FLOAT32,
     MIXED_MASK,
@@ -26,6 +25,7 @@ from helpers import (
     plain,
     random_inputs,
 )
+from twins import centred, sine
 
 from keras_bptt import BPTTRNN
 

@@ -3,7 +3,7 @@
 The other side is the layer of Keras in whose place it stands, with the same weights; with
 options that Keras has not, `Unrolled`, the cell of Keras step by step. Compared are
 outputs, states and the gradients of inputs, initial state and weights, under random
-cotangents. A layer is a row of `configurations.LAYERS`, a kind of gradient one of `KINDS`.
+cotangents. A layer is a row of `twins.LAYERS`, a kind of gradient one of `KINDS`.
 """
 
 import functools
@@ -13,17 +13,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from configurations import (
-    LAYERS,
-    Unknown,
-    configurations,
-    draws,
-    fill,
-    host_of,
-    layer_of,
-    sine,
-    twins,
-)
 from helpers import (
     FLOAT32,
     FLOAT64,
@@ -43,6 +32,17 @@ from helpers import (
     without_graphs,
 )
 from hypothesis import given
+from twins import (
+    LAYERS,
+    Unknown,
+    configurations,
+    draws,
+    fill,
+    host_of,
+    layer_of,
+    sine,
+    twins,
+)
 from unrolled import Unrolled
 
 from keras_bptt import RandomizedTruncation, Truncation

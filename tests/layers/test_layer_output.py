@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from configurations import centred, fill, host_of, sine
 from helpers import (
     FLOAT32,
     FLOAT64,
@@ -28,6 +27,7 @@ from helpers import (
     rng,
     without_graphs,
 )
+from twins import centred, fill, host_of, sine
 from unrolled import Unrolled
 
 from keras_bptt import BPTTRNN, reference

@@ -1,6 +1,6 @@
 """Configuration, files, and models that leave without the package.
 
-Every layer of `configurations.LAYERS` with every option goes out and comes back: as a
+Every layer of `twins.LAYERS` with every option goes out and comes back: as a
 configuration, a `.keras` file, weights, a SavedModel in a process that has no keras_bptt.
 """
 
@@ -18,7 +18,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from configurations import LAYERS, OWN, fill, layer_of, sine
 from helpers import (
     FLOAT32,
     FLOAT64,
@@ -32,6 +31,7 @@ from helpers import (
     rng,
     without_graphs,
 )
+from twins import LAYERS, OWN, fill, layer_of, sine
 
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
 
