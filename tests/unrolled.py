@@ -158,7 +158,8 @@ class Unrolled(keras.layers.Layer):
             if self.clipnorm is not None or self.growth is not None:
                 new, with_this = clipped(new, total, self._limit)
             m = real[:, t]
-            shown = where(m, sent(new, with_this), shown)
+            out = new if self.growth is None else sent(new, with_this)
+            shown = where(m, out, shown)
             outputs.append(shown[0])
             if cut is not None:
                 at_cut = (cut > 0) & (count[:, t] == cut)

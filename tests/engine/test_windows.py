@@ -230,7 +230,6 @@ def test_equals_brute_force_in_every_mode(mode, window, options):
 @pytest.mark.parametrize(
     ("window", "mask", "sequences", "options"),
     [
-        ((5, 2), "holes", True, {}),
         ((5, 2), "holes", True, {"checkpoint_every": 3, **CLIP}),
         ((3, 1), "no mask", False, {}),
     ],

@@ -189,19 +189,16 @@ IN = [*MODES, "unknown", "unknown xla"]
 def some_modes(case, mode):
     """Each mode for some kinds and each kind in some mode, but for what is drawn below."""
     in_graphs = {
-        "unknown xla": ["last window"],
         "eager": ["all at once"],
-        "graph": [
-            "sequence and state",
-            "dropout",
-            "regularized",
-            "chunks",
-            "randomized",
+        "graph": ["dropout", "regularized", "chunks", "randomized"],
+        "xla": ["checkpoints", "sliding windows", "output layer"],
+        "unknown": [
+            "backwards",
+            "overlapping windows",
+            "growth clipped",
+            "all at once",
         ],
-        "xla": ["last output", "unrolled", "checkpoints", "sliding windows"]
-        + ["clipped", "output layer"],
-        "unknown": ["backwards", "zero outputs", "overlapping windows", "last window"]
-        + ["growth clipped", "output layer, last output", "all at once"],
+        "unknown xla": ["last window"],
     }
     return case in in_graphs[mode]
 
@@ -244,13 +241,13 @@ def test_drawn(drawn):
     check_drawn(drawn)
 
 
-@examples(30, derandomize=True)
+@examples(15, derandomize=True)
 @given(configurations(modes=["graph", "graph", "xla", "unknown"]))
 def test_drawn_in_graphs(drawn):
     check_drawn(drawn)
 
 
-@examples(30, derandomize=True)
+@examples(15, derandomize=True)
 @given(configurations(modes=["plain"], order=2))
 def test_drawn_second_order(drawn):
     check_drawn(drawn, order=2, tolerance=10 * FLOAT64)
@@ -276,13 +273,14 @@ def test_many_drawn_second_order(drawn):
 LONG = [T, Truncation(20, stride=1), Truncation(T, stride=3)]
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
-@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "last output"])
 @pytest.mark.parametrize(
-    ("window", "jit_compile"),
+    ("window", "jit_compile", "sequence", "known"),
     few(
-        itertools.product(LONG, [False, "auto"]),
-        lambda window, jit_compile: (window == LONG[1]) == (jit_compile == "auto"),
+        itertools.product(LONG, [False, "auto"], [True, False], [True, False]),
+        lambda *case: (
+            (case[0] == T and not case[1] and case[3])
+            or case in [(LONG[1], "auto", True, False), (LONG[2], False, False, False)]
+        ),
     ),
 )
 def test_one_window_is_full_backpropagation(name, window, jit_compile, sequence, known):
@@ -386,8 +384,8 @@ def test_padding_changes_nothing(name, kind):
     ("size", "kind", "mode"),
     [
         *itertools.product(
-            [(0, T), (1, T), (B, 1), (0, 1)],
-            ["plain", "overlapping windows", "last window", "all at once"],
+            [(0, T), (1, T), (B, 1)],
+            ["plain", "last window", "all at once"],
             ["plain"],
         ),
         ((0, T), "plain", "xla"),
@@ -487,10 +485,7 @@ def test_integer_inputs(name, dtype):
         lambda *case: (
             case
             in [
-                ("plain", 29, True),
-                ("plain", 53, False),
-                ("checkpoints", 53, True),
-                ("output layer, last output", 29, True),
+                ("plain", 53, True),
                 ("clipped", 29, False),
                 ("all at once", 29, True),
             ]
@@ -505,7 +500,7 @@ def test_long_sequence(name, kind, steps, masked):
     if (
         options.get("truncation") == OVERLAPPING
     ):  # each block is a walk on the other side
-        options = options | {"truncation": Truncation(14, stride=9)}
+        options = options | {"truncation": Truncation(20, stride=13)}
     got, expected = compare(name, options, x, "graph", **call)
     assert_near(got, expected)
 
@@ -541,7 +536,7 @@ def test_blocks_as_users_have_them(name, kind, mode, usual_sizes):
     """150 steps are some of the blocks of a loop, and a rest."""
     options, steps = KINDS[kind], 150
     if "truncation" in options:
-        longer = {3: 80, OVERLAPPING: Truncation(100, stride=75)}
+        longer = {3: 75, OVERLAPPING: Truncation(100, stride=75)}
         options = options | {"truncation": longer[options["truncation"]]}
     mask = rng(1).random((B, steps)) < 0.9
     mask[1, -40:] = False

@@ -24,10 +24,8 @@ ROUNDING = {"mixed_float16": 2**-11, "mixed_bfloat16": 2**-8}
 CASES = {
     "sequence": {},
     "last output": {"return_sequences": False},
-    "output layer": {"output_units": OUTPUTS},
     "checkpoints, output layer": {"checkpoint_every": "sqrt", "output_units": OUTPUTS},
     "chunks": {"truncation": 7},
-    "windows, output layer": {"truncation": Truncation(9, 3), "output_units": OUTPUTS},
     "windows from checkpoints": {
         "truncation": Truncation(4, 1),
         "checkpoint_every": 10,
@@ -37,7 +35,6 @@ CASES = {
     "recurrent dropout": {"recurrent_dropout": 0.3},
     "clipping": {"adjoint_clipnorm": 1e9},
     "growth": {"adjoint_max_growth": 1.0},
-    "masked": {"masked": True},
     "masked windows, output layer": {
         "masked": True,
         "output_units": OUTPUTS,

@@ -71,7 +71,6 @@ MASKS += [(B, T + 1), (B, T - 1)]
             in [
                 ("graph", (T, B)),
                 ("graph", (1, T)),
-                ("xla", (1, B * T)),
                 ("xla", (B, T - 1)),
             ]
         ),
