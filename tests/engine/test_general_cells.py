@@ -580,8 +580,19 @@ CASES = {
         **GROWTH,
     },
 }
+# What a case that is chosen does too, with an option more or in another mode.
+PART_OF_OTHERS = ["mask", "both", "checkpoints", "factors", "windows", "sliding"]
+PART_OF_OTHERS += [
+    "growth",
+    "norm",
+    "unrolled",
+    "not kept",
+    "zero output",
+    "layer, mask",
+]
+PART_OF_OTHERS += ["observed", "observed, factors"]
 CHOSEN = [
-    *[("projected", case, "plain") for case in CASES if case not in ("mask", "both")],
+    *[("projected", case, "plain") for case in CASES if case not in PART_OF_OTHERS],
     *[(name, "checkpoints", "plain") for name in ("driven", "matrix", "pooled")],
     ("recomputed", "windows, checkpoints", "plain"),
     ("driven", "sliding", "plain"),

@@ -139,7 +139,9 @@ def test_eager_calls_of_any_length_share_their_graphs():
     assert counts[2] == counts[4]
 
 
-@pytest.mark.parametrize("activation", [sine, "softmax"])
+@pytest.mark.parametrize(
+    "activation", ["softmax", pytest.param(sine, marks=pytest.mark.slow)]
+)
 def test_layers_with_one_activation_and_several_sizes(activation):
     """Whatever eager calls share, it is not the number of units or features."""
     for units, features in ((4, 3), (2, 4), (5, 2), (4, 7)):

@@ -113,7 +113,6 @@ CASES = {
             in [
                 ("mask", 2, "xla"),
                 ("softmax", 2, "graph"),
-                ("gelu", 3, "eager"),
             ]
         ),
     ),
