@@ -331,7 +331,7 @@ def test_the_gradient_of_a_batch_is_the_mean_of_its_parts(name, dtype, tolerance
     ("name", "mode"),
     few(
         [*itertools.product(LAYERS, ["plain"]), *itertools.product(["full"], WAYS)],
-        lambda *case: case in [("windows", "plain"), ("full", "xla")],
+        lambda *case: case in [("windows", "plain"), ("full", "graph")],
     ),
 )
 def test_a_loss_times_a_power_of_two(name, mode):

@@ -121,11 +121,27 @@ def check(case, policy, mode, timesteps):
 
 
 @pytest.mark.parametrize(
-    ("case", "policy"), list(zip(CASES, itertools.cycle(ROUNDING), strict=False))
+    ("case", "policy"),
+    few(
+        itertools.product(CASES, ROUNDING),
+        lambda *case: (
+            case
+            in [
+                ("sequence", "mixed_float16"),
+                ("last output", "mixed_bfloat16"),
+                ("checkpoints, output layer", "mixed_float16"),
+                ("windows from checkpoints", "mixed_bfloat16"),
+                ("slope of z", "mixed_float16"),
+                ("growth", "mixed_float16"),
+                ("masked windows, output layer", "mixed_bfloat16"),
+            ]
+        ),
+    ),
 )
 def test_some_thousand_steps(case, policy):
-    """Each kind, in one of the two."""
-    check(case, "mixed_bfloat16" if case == "clipping" else policy, "graph", 2000)
+    if (case, policy) == ("clipping", "mixed_float16"):
+        pytest.skip("refused: the loss is scaled, and what is clipped with it")
+    check(case, policy, "graph", 2000)
 
 
 @pytest.mark.slow

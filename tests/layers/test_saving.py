@@ -112,10 +112,6 @@ def test_config_says_nothing_of_what_was_not_asked_for(name):
     assert theirs == config == make.from_config(theirs).get_config()
 
 
-def same(a, b):
-    return a == b and type(a) is type(b)
-
-
 @pytest.mark.parametrize(
     ("argument", "value"),
     [(key, value) for key, values in NOT_OF_THE_HOST.items() for value in values],
@@ -586,7 +582,9 @@ def test_a_gradient_that_was_not_saved_raises(windows, tmp_path):
         tape.gradient(y, x)
 
 
-@pytest.mark.parametrize("name", ["jacobian", "batch_jacobian"])
+@pytest.mark.parametrize(
+    "name", ["jacobian", pytest.param("batch_jacobian", marks=pytest.mark.slow)]
+)
 def test_jacobian_of_a_loaded_model(name, windows):
     """TensorFlow's vectorised one cannot take the saved gradient, and says so."""
     model, path = windows
