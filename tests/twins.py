@@ -214,8 +214,8 @@ def configurations(draw, modes=(*WAYS, "unknown"), order=1):
         "adjoint_clipnorm": one_of(None, None, 0.3, 2.0) if order == 1 else None,
         "adjoint_max_growth": one_of(None, None, 1.0, 1.5) if order == 1 else None,
     }
-    if draw(flags) and draw(flags):
-        options["output_units"] = draw(st.integers(1, 3))
+    if outputs := one_of(None, None, 1, 3):
+        options["output_units"] = outputs
         options["output_activation"] = one_of(None, "tanh", "sigmoid", centred)
     call = {"training": one_of(True, True, False)}
     if draw(flags):
