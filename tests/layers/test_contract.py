@@ -127,13 +127,18 @@ def dead(options):
     return ("d_state0",) if cut else ()
 
 
-def compare(name, options, x, mode="plain", *, order=1, **call):
-    """What `evaluate` gives of the layer, and of what it is compared with."""
+def compare(name, options, x, mode="plain", *, order=1, nan=False, **call):
+    """What `evaluate` gives of the layer, and of what it is compared with.
+
+    With `nan` the layer, whose other side cannot, reads NaN at masked steps.
+    """
     theirs, ours = twins(name, **options)
     if mode.startswith("unknown"):
         ours, mode = Unknown(ours), "graph" if mode == "unknown" else "xla"
     side = plain(mode, draws(options, call))
     expected = evaluate(theirs, x, side, order=order, **call)
+    if nan and "mask" in call:
+        x = np.where(call["mask"][..., None], x, np.nan)
     got = evaluate(ours, x, mode, order=order, **call)
     return got, expected
 
@@ -216,7 +221,7 @@ def test_compiled_in_a_plain_graph(name, kind):
 
 def check_drawn(drawn, order=1, tolerance=FLOAT64):
     name, options, call, x, mode = drawn
-    got, expected = compare(name, options, x, mode, order=order, **call)
+    got, expected = compare(name, options, x, mode, order=order, nan=True, **call)
     assert_near(got, expected, tolerance)
 
 
@@ -341,8 +346,8 @@ def test_padding_changes_nothing(name, kind):
         cotangents = [tf.constant(dy), tf.constant(ds)]
         return [d.numpy() for d in tape.gradient(outputs, sources, cotangents)]
 
-    def padded(arrays, mask, fill):
-        out = np.full((*mask.shape, *arrays[0].shape[1:]), fill)
+    def padded(arrays, mask, padding):
+        out = np.full((*mask.shape, *arrays[0].shape[1:]), padding)
         for row, real, values in zip(out, mask, arrays, strict=True):
             row[real] = values
         return out
@@ -740,7 +745,7 @@ class Both(keras.layers.Layer):
 def test_bidirectional(name, kind):
     options = KINDS[kind] | {"return_state": False, "go_backwards": False}
     if kind == "randomized":
-        pytest.skip("each direction draws: see `test_truncation`")
+        pytest.skip("each direction draws: see `test_layer_truncation`")
     sequence = options.get("return_sequences", False)
     # Keras' Bidirectional sets it for sequences: y_t is 0 at masked steps.
     told = options | {"zero_output_for_mask": sequence}
