@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_bptt.runtime.tensors import cast_to
+
 
 class Shapes(NamedTuple):
     """The shapes of a row of each state, of each saved tensor and of each delta."""
@@ -80,6 +82,10 @@ class Cell(abc.ABC):
     @abc.abstractmethod
     def cost(self, weights) -> Cost:
         """What a step costs: it decides how time and the batch are cut."""
+
+    def cast_weights(self, weights, dtype):
+        """The weights as the cell computes with them, for states of this dtype."""
+        return cast_to(dtype, weights)
 
     @abc.abstractmethod
     def project(self, weights, x, noise):

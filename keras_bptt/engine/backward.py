@@ -82,7 +82,9 @@ def backward(options, constants, outputs, kept, cotangents, arguments):
 def gradients(options, constants, outputs, kept, cotangents, arguments):
     """`backward`, in one of its ways."""
     x, stored, states, stored_output, _ = arguments
-    weights, output_layer = cast_to(states[0].dtype, (stored, stored_output))
+    dtype = states[0].dtype
+    weights = options.cell.cast_weights(stored, dtype)
+    output_layer = cast_to(dtype, stored_output)
     # The forward pass may have had a truncation where there is none now: see `backward`.
     every = number_of_tensors(options.cell, states, weights)
     told = options.checkpoint_every is None and len(kept[0]) < every

@@ -32,7 +32,8 @@ def forward(options, constants, arguments):
     """
     x, weights, states, output_layer, _ = arguments
     dtype = states[0].dtype
-    weights, output_layer = cast_to(dtype, (weights, output_layer))
+    weights = options.cell.cast_weights(weights, dtype)
+    output_layer = cast_to(dtype, output_layer)
     count = parts_of(x, options.cell.cost(weights), options.jit_compile)
     parts = [
         forward_of_part(options, weights, output_layer, *part)

@@ -1,36 +1,18 @@
-"""BPTTRNN: configuration, state, masks and dtype. No derivative is written here."""
+"""BPTTRNN: the plain recurrent network, in the place of keras.layers.SimpleRNN."""
 
 import keras
-import tensorflow as tf
 
-from keras_bptt.cells.activations import resolve
+from keras_bptt.cells.activations import resolve, xla_compiles
 from keras_bptt.cells.simple_rnn import SimpleRNN
-from keras_bptt.engine.options import Arguments, Constants, Options
-from keras_bptt.engine.recurrence import recurrence
 from keras_bptt.layers import arguments
-from keras_bptt.layers.calls import (
-    checked_inputs,
-    compiles,
-    drawn_factors,
-    mask_of,
-    state_of,
-)
+from keras_bptt.layers.calls import checked_inputs
+from keras_bptt.layers.explicit_loop import ExplicitLoop, Step
 from keras_bptt.layers.host_cell import check_cell, name_convert, weights_of
-from keras_bptt.layers.observing import observed_or
-from keras_bptt.layers.options import GradientOptions
-from keras_bptt.layers.output_layer import config_of, is_product, output_layer
-from keras_bptt.truncation import RandomizedTruncation
-
-if keras.config.backend() != "tensorflow":
-    raise ImportError(
-        "keras_bptt needs the TensorFlow backend of Keras: its gradient is a "
-        f"tf.custom_gradient. Received: backend {keras.config.backend()!r}. Set the "
-        "environment variable KERAS_BACKEND=tensorflow before keras is imported."
-    )
+from keras_bptt.layers.weights import stored
 
 
 @keras.saving.register_keras_serializable(package="keras_bptt")
-class BPTTRNN(GradientOptions, keras.layers.SimpleRNN):
+class BPTTRNN(ExplicitLoop, keras.layers.SimpleRNN):
     """Fully-connected RNN whose gradient is explicit backpropagation through time.
 
     Use it wherever `keras.layers.SimpleRNN` stands: it takes the same arguments, has the
@@ -231,18 +213,15 @@ class BPTTRNN(GradientOptions, keras.layers.SimpleRNN):
             super().__init__(units, *args, **kwargs)
         except ValueError as error:
             raise arguments.misspelled(error, kwargs, BPTTRNN.__init__) from None
-        self.truncation = truncation
-        self.checkpoint_every = checkpoint_every
-        self.adjoint_clipnorm = adjoint_clipnorm
-        self.adjoint_max_growth = adjoint_max_growth
-        self.jit_compile = jit_compile
-        self.output_layer, self._resolved_of = None, None
-        if output_units is not None:
-            self.output_layer = output_layer(
-                self.cell, output_units, output_activation, self.dtype_policy
-            )
-        # `build` and `call` check shapes and say more than an InputSpec would.
-        self.input_spec = None
+        self._set_options(
+            truncation=truncation,
+            checkpoint_every=checkpoint_every,
+            adjoint_clipnorm=adjoint_clipnorm,
+            adjoint_max_growth=adjoint_max_growth,
+            jit_compile=jit_compile,
+        )
+        self._set_output_layer(output_units, output_activation)
+        self._resolved_of = None
         name_convert(self.cell)
 
     # For help() and completion: the arguments of the host, whatever its version, and ours.
@@ -250,101 +229,35 @@ class BPTTRNN(GradientOptions, keras.layers.SimpleRNN):
         __init__, keras.layers.SimpleRNN.__init__
     )
 
-    @property
-    def output_units(self):
-        """The size of the outputs o_t, or None: there is no output layer."""
-        return None if self.output_layer is None else self.output_layer.units
-
-    @property
-    def output_activation(self):
-        """g, or None: there is no output layer. `layer.output_layer` may get another."""
-        return None if self.output_layer is None else self.output_layer.activation
-
-    def get_config(self):
-        config = super().get_config()
-        if self.output_layer is not None:
-            config |= config_of(self.output_layer, self.dtype_policy)
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        dtype = config.pop("output_dtype", None)
-        layer = super().from_config(config)
-        if dtype is not None:
-            layer.output_layer.dtype_policy = keras.dtype_policies.get(dtype)
-        return layer
-
     def build(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape, building=True)
         check_cell(self.name, self.cell)
         self._resolved()  # first, so that a refused activation leaves no weights behind
         super().build(sequences_shape, initial_state_shape)
-        if self.output_layer is not None and not self.output_layer.built:
-            self.output_layer.build((None, self.units))
 
     def compute_output_shape(self, sequences_shape, initial_state_shape=None):
         self._check_inputs(sequences_shape)  # symbolic inputs come here, not to `call`
-        shapes = super().compute_output_shape(sequences_shape, initial_state_shape)
-        if self.output_layer is None:
-            return shapes
-        if self.return_state:
-            return (*shapes[0][:-1], self.output_units), *shapes[1:]
-        return *shapes[:-1], self.output_units
+        return super().compute_output_shape(sequences_shape, initial_state_shape)
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         check_cell(self.name, self.cell)
         sequences = checked_inputs(self.name, sequences, self.cell.kernel.shape[0])
-        arguments.check_mask(self.name, sequences.shape, mask)
         arguments.check_state(self.name, sequences.shape, self.units, initial_state)
-        try:
-            return super().call(
-                sequences, initial_state=initial_state, mask=mask, training=training
-            )
-        finally:
-            # Keras resets them only if nothing raises, else the next call would use them.
-            self.cell.reset_dropout_mask()
-            self.cell.reset_recurrent_dropout_mask()
+        return super().call(
+            sequences, initial_state=initial_state, mask=mask, training=training
+        )
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
-        cell, every, g = self.cell, self.checkpoint_every, self.output_layer
-        # What `call` could not check, a size known at run time only, raises here.
-        h_0 = state_of(initial_state[0], sequences, self.units)
-        f, dtype, factors = self._resolved(), cell.compute_dtype, None
-        randomized = isinstance(self.truncation, RandomizedTruncation)
-        if randomized and training:
-            drawn = self.truncation, self._truncation_draws
-            factors = drawn_factors(*drawn, sequences, dtype)
+    def _step(self, sequences, states, training):
+        cell, (h_0,) = self.cell, states
+        f, dtype = self._resolved(), cell.compute_dtype
         d = cell.get_dropout_mask(sequences[:, 0, :]) if training else None
         r = cell.get_recurrent_dropout_mask(h_0) if training else None
-        constants = Constants(mask_of(mask, sequences), (d, r), factors)
-        xla = compiles(self.jit_compile, training, self.unroll, f, self.units, dtype)
-        options = Options(
+        return Step(
             SimpleRNN(f),
-            return_sequences=self.return_sequences,
-            zero_output_for_mask=self.zero_output_for_mask,
-            go_backwards=self.go_backwards,
-            unroll=self._unroll,
-            keep_states=bool(training),
-            jit_compile=xla,
-            truncation=None if randomized else self.truncation,
-            # Every state: what is kept anyway.
-            checkpoint_every=None if every == 1 else every,
-            adjoint_clipnorm=arguments.clipnorm_of(self.adjoint_clipnorm, dtype),
-            adjoint_max_growth=self.adjoint_max_growth,
+            stored(cell.dtype_policy, weights_of(cell)),
+            (d, r),
+            lambda: xla_compiles(f, self.units, dtype),
         )
-        product = is_product(g, dtype)
-        weights, output_weights = weights_of(cell, g if product else None)
-        x = tf.cast(sequences, dtype)
-        differentiable = Arguments(x, weights, (h_0,), output_weights)
-        run = observed_or(recurrence, self)
-        y, (state,) = run(options, constants, differentiable)
-        if g is not None:
-            # Keras' function, as it is: losses look for the logits behind a softmax.
-            y = g.activation(y) if product else g(y)
-        if not self.return_sequences:
-            return y, y[:, None], [state]
-        return y[:, -1], y, [state]
 
     def _resolved(self):
         """f as the cell has it now, with what a gradient needs of it."""

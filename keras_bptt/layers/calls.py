@@ -3,7 +3,6 @@
 import keras
 import tensorflow as tf
 
-from keras_bptt.cells.activations import xla_compiles
 from keras_bptt.layers.arguments import check_dense, check_inputs
 
 
@@ -28,12 +27,12 @@ def mask_of(mask, sequences):
     return _fitted(mask, sizes, sequences.shape[:2], "mask_of_batch_and_timesteps")
 
 
-def state_of(state, sequences, units):
-    """The initial state (batch, units)."""
+def state_of(state, sequences):
+    """An initial state (batch, ...)."""
     # That of a stateful layer is a variable, which is another one after the call.
     state = tf.convert_to_tensor(state)
-    sizes = tf.stack([tf.shape(sequences)[0], units])
-    known = (sequences.shape[0], units)
+    sizes = tf.concat([tf.shape(sequences)[:1], tf.shape(state)[1:]], 0)
+    known = (sequences.shape[0], *state.shape[1:])
     return _fitted(state, sizes, known, "initial_state_of_batch_and_units")
 
 
@@ -63,18 +62,19 @@ def drawn_factors(truncation, seed, sequences, dtype):
     return tf.where(draws < p, factor, tf.zeros_like(factor))
 
 
-def compiles(jit_compile, training, unroll, activation, units, dtype):
-    """Whether XLA compiles the recurrence."""
+def compiles(jit_compile, training, unroll, possible):
+    """Whether XLA compiles the recurrence; `possible` says whether it can."""
     # Exports are traced with training=False: they load where there is no XLA. All steps
     # written out would take XLA a time that grows with their number.
     if jit_compile is False or (jit_compile == "auto" and (unroll or not training)):
         return False
-    possible = xla_compiles(activation, units, dtype)
+    possible = possible()
     if jit_compile is True and not possible:
         raise ValueError(
-            "XLA cannot compile this layer: there is none in this TensorFlow, `activation` "
-            "holds operations that it does not know, or tf.debugging adds such operations "
-            "(enable_check_numerics, enable_dump_debug_info). Received: jit_compile=True, "
-            f"activation={activation.function}. Use jit_compile='auto' or False."
+            "XLA cannot compile this layer: there is none in this TensorFlow, its step "
+            "(an `activation`, say) holds operations that it does not know, or "
+            "tf.debugging adds such operations (enable_check_numerics, "
+            "enable_dump_debug_info). Received: jit_compile=True. Use jit_compile='auto' "
+            "or False."
         )
     return possible

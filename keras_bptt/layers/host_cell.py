@@ -4,8 +4,6 @@ import functools
 
 import keras
 
-from keras_bptt.layers.weights import stored
-
 _Cell = keras.layers.SimpleRNNCell
 
 
@@ -25,16 +23,9 @@ def check_cell(name, cell):
         )
 
 
-def weights_of(cell, output_layer=None):
-    """(W, U, b) of the cell and (V, c) of an output layer, without what is not there."""
-
-    def read(variables):
-        return tuple(stored(cell.dtype_policy, [v for v in variables if v is not None]))
-
-    weights = read([cell.kernel, cell.recurrent_kernel, cell.bias])
-    if output_layer is None:
-        return weights, ()
-    return weights, read([output_layer.kernel, output_layer.bias])
+def weights_of(cell):
+    """The variables W, U and, if there is one, b."""
+    return [v for v in (cell.kernel, cell.recurrent_kernel, cell.bias) if v is not None]
 
 
 def name_convert(cell):

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_bptt.layers.weights import stored
+
 
 def output_layer(cell, units, activation, dtype):
     """A Dense with the initializers, regularizers, constraints and bias of the cell."""
@@ -30,6 +32,13 @@ def is_product(layer, dtype):
         and getattr(layer.call, "__func__", None) is keras.layers.Dense.call
         and layer.dtype_policy.quantization_mode is None
         and layer.compute_dtype == dtype
+    )
+
+
+def weights_of(cell, layer):
+    """V and, if there is one, c, as they are stored."""
+    return stored(
+        cell.dtype_policy, [v for v in (layer.kernel, layer.bias) if v is not None]
     )
 
 

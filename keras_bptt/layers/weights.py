@@ -15,14 +15,20 @@ import tensorflow as tf
 def stored(dtype_policy, variables):
     """Tensors of the variables of a layer, uncast; None stays None."""
 
-    def read():
-        # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
-        # itself, which the gradient would read where another dtype may be in force.
-        return [v if v is None else tf.convert_to_tensor(v) for v in variables]
-
     if dtype_policy.compute_dtype == dtype_policy.variable_dtype:
-        return read()
-    return _uncast()(read=read)
+        return _read(variables)
+    return uncast(variables)
+
+
+def uncast(variables):
+    """Tensors of variables, whatever policies are in force."""
+    return _uncast()(read=functools.partial(_read, variables))
+
+
+def _read(variables):
+    # Tensors, not variables: keras.ops.convert_to_tensor would return the variable
+    # itself, which the gradient would read where another dtype may be in force.
+    return [v if v is None else tf.convert_to_tensor(v) for v in variables]
 
 
 class _Uncast(keras.Layer):

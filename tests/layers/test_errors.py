@@ -411,7 +411,7 @@ REAL_BACKENDS = {"jax": ["jax"], "torch": ["torch"], "numpy": ["scipy", "jax"]}
 def test_another_backend_is_refused(monkeypatch):
     """The module is executed as if Keras ran on another backend."""
     monkeypatch.setattr(keras.config, "backend", lambda: "jax")
-    spec = importlib.util.find_spec("keras_bptt.layers.bptt_rnn")
+    spec = importlib.util.find_spec("keras_bptt.layers.explicit_loop")
     module = importlib.util.module_from_spec(spec)
     with pytest.raises(ImportError, match="'jax'.*KERAS_BACKEND=tensorflow"):
         spec.loader.exec_module(module)

@@ -1,0 +1,345 @@
+"""One step of a cell and its derivative, traced as one graph of rows.
+
+    output, after = step(x, before)
+    d_x, d_before, d_weights = the gradients of <a, after and output>
+
+The step is called once, with any number of rows; what it computes is read off the graph.
+Weights are the tensors that depend on variables alone and meet rows: whatever makes them
+of the variables (a slice, a normalisation) stays outside, under automatic differentiation.
+
+What cannot be right is refused here, before anything runs: a step that mixes the rows of
+its inputs, changes a variable, draws random numbers of its own, or leaves the graph.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_bptt.runtime.simplify import simplified
+from keras_bptt.runtime.subgraphs import Traced, has_rows
+
+# What a tensor depends on. TRAINED: on something that has a gradient; ROWS: on their
+# number.
+X, NOISE, STATE, WEIGHT, TRAINED, ADJOINT, ROWS = (1 << i for i in range(7))
+
+_NO_NUMBERS = (tf.variant, tf.resource, tf.string)
+_HARMLESS = {"ReadVariableOp", "Assert", "PrintV2", "If", "While", "Case"}
+_HARMLESS |= {"StatefulPartitionedCall", "Placeholder", "VarIsInitializedOp"}
+
+
+class Trace(NamedTuple):
+    """A step and its derivative; all tensors are of the traced graph.
+
+    Attributes:
+        graph: as it can be run in parts.
+        x, before, noise: the step's arguments, which have rows.
+        inputs: all else that it reads: variables, and tensors from outside.
+        sources: of each of `inputs` what it is outside: a tensor or a variable.
+        after: the states after the step and, where it is none of them, the output.
+        output: which of `after` the output is.
+        weights: what depends on `inputs` alone and meets rows.
+        read: the same as rows meet it: perhaps cast to the dtype of the computation.
+        trained: for each weight whether it has a gradient.
+        adjoints: those of `after`.
+        d_x, d_before, d_weights: the gradients of x, of `before` and of `read`; None where
+            there is none.
+        depends: for each tensor, by name, what it depends on.
+    """
+
+    graph: Traced
+    x: tf.Tensor
+    before: tuple
+    noise: tuple
+    inputs: tuple
+    sources: tuple
+    after: tuple
+    output: int
+    weights: tuple
+    read: tuple
+    trained: tuple
+    adjoints: tuple
+    d_x: tf.Tensor | None
+    d_before: tuple
+    d_weights: tuple
+    depends: dict
+
+    def simplified(self):
+        """The same of a graph that is lean."""
+        graph, new_name = simplified(self.graph.graph)
+
+        def new(tensor):
+            if tensor is None:
+                return None
+            return graph.get_tensor_by_name(new_name(tensor.name))
+
+        tensors = {
+            name: tf.nest.map_structure(new, value)
+            for name, value in self._asdict().items()
+            if name not in ("graph", "sources", "output", "trained", "depends")
+        }
+        leaves = {t.name: self.depends[t.name] for t in _leaves(self.graph.operations)}
+        depends = dependence(graph.get_operations(), leaves)
+        return self._replace(graph=Traced(graph), depends=depends, **tensors)
+
+    def of(self, tensor, *kinds):
+        """Whether the tensor depends on any of these."""
+        return any(self.depends[tensor.name] & kind for kind in kinds)
+
+
+def trace(name, step, x, before, noise, variables):
+    """Trace a step.
+
+    Args:
+        name: of the cell, for errors.
+        step: `step(x, before, noise, values) -> (output, after)`, of tensors with rows in
+            front; `before`, `noise`, `values` and `after` are flat lists.
+        x, before, noise: `tf.TensorSpec` of what has rows.
+        variables: (tensor, whether it has a gradient) of each of the step's variables.
+
+    Raises:
+        ValueError: for a step whose gradient would be wrong.
+    """
+    found = {}
+
+    def whole(*arguments):
+        graph = tf.compat.v1.get_default_graph()
+        output, after = step(*arguments)
+        found.update(_derivative(name, graph, arguments, variables, output, after))
+
+    values = [tf.TensorSpec(value.shape, value.dtype) for value, _ in variables]
+    function = tf.function(whole, autograph=False)
+    graph = function.get_concrete_function(x, before, noise, values).graph
+    _refuse_effects(name, graph)
+    return Trace(Traced(graph), **found)
+
+
+def _derivative(name, graph, arguments, variables, output, after):
+    """The rest of the graph, and the fields of its `Trace`."""
+    x, before, noise, values = arguments
+    after, place = _with_output(name, before, output, after)
+    inputs = _inputs(name, graph, values, variables)
+    leaves = (
+        {x.name: X} | {t.name: NOISE for t in noise} | {t.name: STATE for t in before}
+    )
+    for tensor, _, trained in inputs:
+        leaves[tensor.name] = WEIGHT | (trained and TRAINED)
+    depends = dependence(graph.get_operations(), leaves)
+    ways = _ways_to(after)
+    _refuse_mixing(name, depends, ways)
+    read = _meeting_rows(depends, ways, after)
+    trained = [bool(depends[t.name] & TRAINED) and t.dtype.is_floating for t in read]
+    adjoints = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in after]
+    sources = [x] * x.dtype.is_floating + [*before]
+    sources += [w for w, moves in zip(read, trained, strict=True) if moves]
+    gradients = tf.gradients(
+        after, sources, adjoints, stop_gradients=sources, unconnected_gradients="none"
+    )
+    gradients = iter([g if g is None else tf.convert_to_tensor(g) for g in gradients])
+    d_x = next(gradients) if x.dtype.is_floating else None
+    d_before = [next(gradients) for _ in before]
+    d_weights = [next(gradients) if moves else None for moves in trained]
+    leaves |= {a.name: ADJOINT for a in adjoints}
+    return {
+        "x": x,
+        "before": tuple(before),
+        "noise": tuple(noise),
+        "inputs": tuple(tensor for tensor, _, _ in inputs),
+        "sources": tuple(source for _, source, _ in inputs),
+        "after": tuple(after),
+        "output": place,
+        "weights": tuple(map(_before_cast, read)),
+        "read": tuple(read),
+        "trained": tuple(trained),
+        "adjoints": tuple(adjoints),
+        "d_x": d_x,
+        "d_before": tuple(d_before),
+        "d_weights": tuple(d_weights),
+        "depends": dependence(graph.get_operations(), leaves),
+    }
+
+
+def _leaves(operations):
+    kinds = "Placeholder", "ReadVariableOp"
+    return [op.outputs[0] for op in operations if op.type in kinds]
+
+
+def dependence(operations, leaves):
+    """What each tensor, by name, depends on: as bits, given those of the leaves."""
+    depends = {}
+    for operation in operations:
+        bits = 0
+        for tensor in operation.inputs:
+            bits |= depends[tensor.name]
+        if operation.type in ("Shape", "ShapeN", "Size", "ZerosLike", "OnesLike"):
+            bits = ROWS  # of the shape of its inputs alone
+        for tensor in operation.outputs:
+            depends[tensor.name] = leaves.get(tensor.name, bits)
+    return depends
+
+
+def source(tensor):
+    """What the tensor is another name of."""
+    return names_of(tensor)[-1]
+
+
+def names_of(tensor):
+    """The tensor, and what it is another name of."""
+    found = [tensor]
+    while found[-1].op.type in ("Identity", "EnsureShape"):
+        found.append(found[-1].op.inputs[0])
+    return found
+
+
+def _with_output(name, before, output, after):
+    """The states after the step and, if it is none of them, the output; and its place."""
+    if len(after) != len(before):
+        raise ValueError(
+            f"The step of {name} must return as many states as it takes. Received: "
+            f"{len(after)} states after the step, {len(before)} before it. Return "
+            "(output, states), the states as in `state_size`."
+        )
+    after = [tf.convert_to_tensor(t) for t in after]
+    for new, old in zip(after, before, strict=True):
+        if new.dtype != old.dtype or not new.shape.is_compatible_with(old.shape):
+            raise ValueError(
+                f"The step of {name} must return its states as it takes them. Received: "
+                f"{new.dtype.name} {new.shape} after the step, {old.dtype.name} "
+                f"{old.shape} before it. Cast or reshape the state in `call`."
+            )
+    after = [tf.ensure_shape(t, s.shape) for t, s in zip(after, before, strict=True)]
+    output = tf.convert_to_tensor(output)
+    for place, state in enumerate(after):
+        if source(output) is source(state):
+            return after, place
+    if not has_rows(output) or output.dtype != before[0].dtype:
+        raise ValueError(
+            f"The step of {name} must return an output (batch, ...) of the dtype of its "
+            f"states, {before[0].dtype.name}. Received: {output.dtype.name} "
+            f"{output.shape}."
+        )
+    return [*after, output], len(after)
+
+
+def _inputs(name, graph, values, variables):
+    """(tensor, what it is outside, whether it has a gradient) of all that has no rows."""
+    found = [(t, *given) for t, given in zip(values, variables, strict=True)]
+    of_handles = {id(v.handle): v for v in graph.variables}
+    handles = {}
+    for outer, inner in graph.captures:
+        if inner.dtype == tf.resource:
+            handles[inner.name] = of_handles.get(id(outer))
+        elif inner.dtype in _NO_NUMBERS:
+            raise ValueError(
+                f"The step of {name} must read tensors of numbers and variables. Received: "
+                f"one that reads a tensor of type {inner.dtype.name} from outside."
+            )
+        else:
+            found.append((inner, outer, inner.dtype.is_floating))
+            if not inner.shape.is_fully_defined():
+                raise ValueError(
+                    f"The step of {name} must read nothing from outside but weights and "
+                    "tensors of a known shape, the same for every example. Received: one "
+                    f"that reads a tensor of shape {inner.shape}. Concatenate to the "
+                    "inputs, or make a state of, what belongs to an example."
+                )
+    for operation in graph.get_operations():
+        for tensor in operation.inputs:
+            if tensor.name not in handles:
+                continue
+            variable = handles[tensor.name]
+            if operation.type != "ReadVariableOp" or variable is None:
+                raise ValueError(
+                    f"The step of {name} must read variables itself. Received: one that "
+                    f"reads a variable within {operation.name} ({operation.type}). Read it "
+                    "before, or take @tf.function away from what the step calls."
+                )
+            found.append((operation.outputs[0], variable, variable.trainable))
+    return found
+
+
+def _ways_to(outputs):
+    """The names of all tensors that the outputs are computed from, and their own."""
+    found, waiting = {}, list(outputs)
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.name not in found:
+            found[tensor.name] = tensor
+            waiting += tensor.op.inputs
+    return found
+
+
+def _refuse_mixing(name, depends, ways):
+    """Raise where a tensor without rows is made of what has some."""
+    for tensor in ways.values():
+        of_rows = depends[tensor.name] & (X | NOISE | STATE)
+        if (
+            of_rows
+            and tensor.shape.is_fully_defined()
+            and tensor.dtype not in _NO_NUMBERS
+        ):
+            raise ValueError(mixes(name, f"{tensor.op.name} ({tensor.op.type})"))
+
+
+def mixes(name, where):
+    """What to say of a step that mixes examples."""
+    return (
+        f"The step of {name} must treat each example of a batch alone, for the backward "
+        "pass computes all steps of all examples at once. Received: one that mixes them, "
+        f"in {where}. Reduce over axis=-1 only; use layer in place of batch normalisation."
+    )
+
+
+def _meeting_rows(depends, ways, after):
+    """The tensors that depend on inputs alone, at the edge to what depends on rows."""
+    found = {}
+    alone = {WEIGHT, WEIGHT | TRAINED}
+    for tensor in reversed(ways.values()):
+        if depends[tensor.name] not in alone:
+            for needed in tensor.op.inputs:
+                if depends[needed.name] in alone:
+                    found[needed.name] = needed
+    return list(found.values())
+
+
+def _before_cast(tensor):
+    """The wider numbers that a weight is cast from: its gradient is added in these."""
+    if tensor.op.type == "Cast" and tensor.dtype.is_floating:
+        wider = tensor.op.inputs[0]
+        if wider.dtype.is_floating and wider.dtype.size > tensor.dtype.size:
+            return wider
+    return tensor
+
+
+def _refuse_effects(name, graph):
+    """Raise where the step does anything but compute."""
+    library = graph.as_graph_def().library.function
+    nodes = [node for function in library for node in function.node_def]
+    named = [(op.type, op.name) for op in graph.get_operations()]
+    for kind, where in [*named, *((node.op, node.name) for node in nodes)]:
+        if kind in ("PyFunc", "EagerPyFunc", "PyFuncStateless"):
+            raise ValueError(
+                f"The step of {name} must be made of TensorFlow's operations. Received: "
+                f"one with a py_function ({where}), which no compiled graph can run."
+            )
+        if (
+            kind.startswith("Assign")
+            or "Scatter" in kind
+            and kind.startswith("Resource")
+        ):
+            raise ValueError(updates(name, where))
+        if "Random" in kind or kind in ("Multinomial", "RngReadAndSkip"):
+            raise ValueError(
+                f"The step of {name} must not draw random numbers: each step would need "
+                f"its own, drawn again on the way back. Received: one that does ({where})."
+                " Use keras.layers.RNN(cell), or dropout factors for all steps, as "
+                "keras.layers.LSTMCell has them."
+            )
+
+
+def updates(name, where):
+    """What to say of a step that changes a variable."""
+    return (
+        f"The step of {name} must not change variables: it is computed again for the way "
+        f"back. Received: one that does ({where}). Keep what changes from step to step in "
+        "a state."
+    )

@@ -1,0 +1,129 @@
+"""A cell of Keras as a step for the engine: what it reads, and how it is called for rows."""
+
+import contextlib
+import inspect
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_bptt.cells.derived import derived
+from keras_bptt.cells.tracing import trace, updates
+from keras_bptt.layers.weights import uncast
+
+
+class Call(NamedTuple):
+    """How the layer calls its cell.
+
+    Attributes:
+        cell: of Keras.
+        training: as the layer is called.
+        states: the structure in which the cell takes its states.
+        factors: of each cell that drops out, the cell and its dropout factors, by the name
+            of the method that returns them.
+    """
+
+    cell: object
+    training: bool
+    states: list
+    factors: list
+
+
+def step_of(cell, x, states, training):
+    """The cell compiled from one step, its weights and its noise, in this call.
+
+    Args:
+        cell: of Keras.
+        x: inputs of all steps (batch, timesteps, ...).
+        states: the structure of initial states, each (batch, ...).
+    """
+    factors = _dropout_factors(cell, x, states) if training else []
+    call = Call(cell, training, states, factors)
+    noise = tf.nest.flatten([f for _, f in factors])
+    noise = [t for t in noise if t is not None]
+    variables = getattr(cell, "variables", [])
+    values = uncast(variables)
+    traced = trace(
+        _name(cell),
+        lambda *arguments: _called(call, variables, *arguments),
+        tf.TensorSpec([None, *x.shape[2:]], x.dtype),
+        [_row(cell, state) for state in keras.tree.flatten(states)],
+        [_row(cell, t) for t in noise],
+        [(t, v.trainable) for t, v in zip(values, variables, strict=True)],
+    )
+    known = derived(traced)
+    return known, known.weights_from(map(tf.convert_to_tensor, traced.sources)), noise
+
+
+def _called(call, variables, x, before, noise, values):
+    """(output, states after), of one step of rows."""
+    cell, given = call.cell, {}
+    if "training" in inspect.signature(cell.call).parameters:
+        given["training"] = call.training
+    states = keras.tree.pack_sequence_as(call.states, before)
+    mapping = list(zip(variables, values, strict=True))
+    with (
+        _returning(call.factors, noise),
+        keras.StatelessScope(state_mapping=mapping) as scope,
+    ):
+        known = [scope.get_current_value(v) for v in variables]
+        output, after = (cell if callable(cell) else cell.call)(x, states, **given)
+    for variable, value in zip(variables, known, strict=True):
+        if scope.get_current_value(variable) is not value:
+            raise ValueError(updates(_name(cell), variable.path))
+    return output, keras.tree.flatten(after)
+
+
+def _dropout_factors(cell, x, states):
+    """Those that Keras has drawn for this call, of each cell that has some."""
+    found = []
+    of_step = x[:, 0], keras.tree.flatten(states)[0]
+    for each in _cells(cell):
+        names = "get_dropout_mask", "get_recurrent_dropout_mask"
+        if all(hasattr(each, name) for name in names):
+            drawn = {
+                name: getattr(each, name)(t)
+                for name, t in zip(names, of_step, strict=True)
+            }
+            found.append((each, drawn))
+    return found
+
+
+@contextlib.contextmanager
+def _returning(factors, noise):
+    """Within it the cells' methods return the tensors of `noise` for their factors."""
+    noise = iter(noise)
+    for cell, drawn in factors:
+        for name, value in drawn.items():
+            value = tf.nest.map_structure(
+                lambda t: None if t is None else next(noise), value
+            )
+            # Not by setattr, which Keras would track.
+            vars(cell)[name] = lambda step_input, value=value: value
+    try:
+        yield
+    finally:
+        for cell, drawn in factors:
+            for name in drawn:
+                del vars(cell)[name]
+
+
+def _cells(cell):
+    """The cell or, of a stack, its cells."""
+    if isinstance(cell, keras.layers.StackedRNNCells):
+        return [each for part in cell.cells for each in _cells(part)]
+    return [cell]
+
+
+def _row(cell, tensor):
+    shape = tensor.shape[1:]
+    if not shape.is_fully_defined():
+        raise ValueError(
+            f"{_name(cell)} must have states of a known size. Received: a state of shape "
+            f"{tensor.shape}. Return it with a static shape from `get_initial_state`."
+        )
+    return tf.TensorSpec([None, *shape], tensor.dtype)
+
+
+def _name(cell):
+    return getattr(cell, "name", type(cell).__name__)

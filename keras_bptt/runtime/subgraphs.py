@@ -1,0 +1,264 @@
+"""Parts of a traced graph, each run by itself: from any tensors of it to any others.
+
+A part is imported into the graph at hand as a function of its own, which a tape sees as one
+operation with a gradient (what is imported by itself no tape sees), and which may be
+imported where control dependencies are in force.
+
+The traced graph is one of rows: the first axis of its inputs is of any size. What is asked
+of such a tensor is often its shape alone, and then the tensor itself is neither computed
+nor kept: `Traced.sized` are the operations that need no more than the number of rows.
+"""
+
+import functools
+import hashlib
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt.runtime.tensors import wide
+
+# What these operations return, their input's shape tells.
+_OF_SHAPE = {"Shape", "ShapeN", "ZerosLike", "OnesLike"}
+# Attributes that say where an operation was made, not what it does: colocation; the custom
+# gradient, whose name another process does not know; and what has been inferred.
+_OF_ITS_MAKING = ("_class", "_gradient_op_type", "_output_shapes")
+
+
+class Traced:
+    """A graph whose parts can be run.
+
+    Attributes:
+        graph: the graph that was traced.
+        nodes: its operations by name, as they are stored.
+        library: the functions that they call.
+        sized: of the operations of `_OF_SHAPE` whose inputs have rows of a known shape,
+            each output by name, with the operation's type, dtype and that shape.
+    """
+
+    def __init__(self, graph):
+        definition = graph.as_graph_def()
+        self.graph = graph
+        self.operations = graph.get_operations()
+        self.nodes = {node.name: _stripped(node) for node in definition.node}
+        self.library = definition.library
+        for function in self.library.function:
+            for node in function.node_def:
+                _stripped(node)
+        self.sized = {
+            output.name: (operation.type, output.dtype, tuple(tensor.shape[1:]))
+            for operation in self.operations
+            if operation.type in _OF_SHAPE
+            for tensor, output in zip(operation.inputs, operation.outputs, strict=False)
+            if has_rows(tensor)
+        }
+
+    def fingerprint(self, *marked):
+        """A digest of what the graph computes from its inputs, whatever it calls them.
+
+        Args:
+            marked: tensors of which it matters which ones they are.
+        """
+        digest = hashlib.sha256()
+        place = {}
+        functions = _digests(self.library)
+        for number, operation in enumerate(self.operations):
+            place[operation.name] = number
+            inputs = [(place[t.op.name], t.value_index) for t in operation.inputs]
+            controls = [place[op.name] for op in operation.control_inputs]
+            digest.update(repr((operation.type, inputs, controls)).encode())
+            digest.update(_attributes(self.nodes[operation.name], functions))
+        marks = [[(place[t.op.name], t.value_index) for t in each] for each in marked]
+        digest.update(repr(marks).encode())
+        return digest.hexdigest()
+
+    def part(self, outputs, inputs, widened=False):
+        """The part that computes `outputs` from `inputs`, which are tensors of the graph.
+
+        Args:
+            widened: compute what is of half precision in float32.
+        """
+        return Part(self, tuple(outputs), tuple(inputs), widened)
+
+
+class Part:
+    """A function of tensors: see `Traced.part`. It raises where it lacks an input."""
+
+    def __init__(self, traced, outputs, inputs, widened):
+        self.outputs, self.inputs = outputs, inputs
+        given = {t.name for t in inputs}
+        found = {t.name for t in outputs} & given
+        self.operations, self._sized = _needed(traced, outputs, given)
+        self._wanted = [t.name for t in outputs if t.name not in found]
+        self._definition = tf.compat.v1.GraphDef()
+        self._definition.versions.CopyFrom(traced.graph.as_graph_def().versions)
+        kept = {operation.name for operation in self.operations}
+        for operation in self.operations:
+            node = self._definition.node.add()
+            node.CopyFrom(traced.nodes[operation.name])
+            names = [n for n in node.input if n[0] != "^" or n[1:] in kept]
+            del node.input[:]
+            node.input.extend(names)
+        calls = any(_functions_of(node) for node in self._definition.node)
+        if calls:
+            self._definition.library.CopyFrom(traced.library)
+        self.widened = widened and not calls
+        if self.widened:
+            for node in self._definition.node:
+                _widen(node)
+        self._sized = {name: traced.sized[name] for name in self._sized}
+        self._rows = next((i for i, t in enumerate(inputs) if has_rows(t)), None)
+        self._function = tf.function(self._imported, autograph=False)
+
+    def __call__(self, values):
+        """The outputs, from the values of the inputs."""
+        if not self._wanted:
+            given = dict(zip((t.name for t in self.inputs), values, strict=True))
+            return [given[t.name] for t in self.outputs]
+        given = [
+            tf.cast(v, self.dtype_of(t))
+            for t, v in zip(self.inputs, values, strict=True)
+        ]
+        return list(self._function(given))
+
+    def dtype_of(self, tensor):
+        """Of an input or output of the graph, where this part computes it."""
+        dtype = tensor.dtype
+        return wide(dtype) if self.widened and dtype.is_floating else dtype
+
+    def _imported(self, values):
+        given = dict(zip((t.name for t in self.inputs), values, strict=True))
+        rows = None
+        if self._rows is not None:
+            first = values[self._rows]
+            rows = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
+        used = {i for node in self._definition.node for i in node.input}
+        used = {name if ":" in name else f"{name}:0" for name in used}
+        sized = {}
+        for name, (kind, dtype, row) in self._sized.items():
+            dtype = wide(dtype) if self.widened and dtype.is_floating else dtype
+            sized[name] = _of_shape(kind, dtype, [rows, *row])
+        known = given | sized
+        found = tf.graph_util.import_graph_def(
+            self._definition,
+            input_map={name: t for name, t in known.items() if name in used},
+            return_elements=[n for n in self._wanted if n not in known],
+            name="",
+        )
+        found = iter(found)
+        results = []
+        for output in self.outputs:
+            name = output.name
+            result = known[name] if name in known else next(found)
+            if has_rows(output) and isinstance(rows, int):
+                result = tf.ensure_shape(result, [rows, *output.shape[1:]])
+            elif output.shape.rank is not None:
+                result = tf.ensure_shape(result, output.shape)
+            results.append(result)
+        return results
+
+
+def has_rows(tensor):
+    """Whether it is of any number of rows of one known shape, as far as its shape tells."""
+    shape = tensor.shape
+    return (
+        shape.rank is not None
+        and shape.rank > 0
+        and shape[0] is None
+        and shape[1:].is_fully_defined()
+    )
+
+
+def numbers_of(tensor):
+    """How many numbers a row of it has."""
+    return int(np.prod(tensor.shape[1:], dtype=int))
+
+
+def _needed(traced, outputs, given):
+    """The operations between, in order, and the names of the sized ones at their edge."""
+    needed, sized = set(), set()
+    waiting = [t for t in outputs if t.name not in given]
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.name in traced.sized:
+            sized.add(tensor.name)
+            continue
+        operation = tensor.op
+        if operation.name in needed:
+            continue
+        if operation.type in ("Placeholder", "ReadVariableOp"):
+            raise LookupError(f"This part is to be computed without {tensor.name}.")
+        needed.add(operation.name)
+        waiting += [t for t in operation.inputs if t.name not in given]
+    return [op for op in traced.operations if op.name in needed], sized
+
+
+def _of_shape(kind, dtype, shape):
+    if kind == "ZerosLike":
+        return tf.zeros(shape, dtype)
+    if kind == "OnesLike":
+        return tf.ones(shape, dtype)
+    return tf.cast(tf.stack(shape), dtype)
+
+
+def _stripped(node):
+    for name in _OF_ITS_MAKING:
+        if name in node.attr:
+            del node.attr[name]
+    return node
+
+
+def _functions_of(node):
+    """The names of the functions that an operation calls."""
+    names = []
+    for attribute in node.attr.values():
+        names += [attribute.func.name] * attribute.HasField("func")
+        names += [function.name for function in attribute.list.func]
+    return names
+
+
+def _digests(library):
+    """Of each function what tells it from others, without the names that are made up."""
+    functions = {f.signature.name: f for f in library.function}
+
+    @functools.cache
+    def digest(name):
+        if name not in functions:
+            return name.encode()
+        function, found = functions[name], hashlib.sha256()
+        signature = function.signature
+        for argument in (*signature.input_arg, *signature.output_arg):
+            found.update(argument.SerializeToString(deterministic=True))
+        for node in function.node_def:
+            found.update(repr((node.name, node.op, list(node.input))).encode())
+            found.update(_attributes(node, digest))
+        found.update(repr(sorted(function.ret.items())).encode())
+        return found.digest()
+
+    return digest
+
+
+def _attributes(node, digest):
+    found = b""
+    for name, attribute in sorted(node.attr.items()):
+        if attribute.HasField("func") or attribute.list.func:
+            called = [digest(function) for function in _functions_of(node)]
+            found += name.encode() + b"".join(called)
+        else:
+            found += name.encode() + attribute.SerializeToString(deterministic=True)
+    return found
+
+
+def _widen(node):
+    """Let an operation on half precision be one on float32."""
+    half = {tf.float16.as_datatype_enum, tf.bfloat16.as_datatype_enum}
+    for attribute in node.attr.values():
+        kind = attribute.WhichOneof("value")
+        if kind == "type" and attribute.type in half:
+            attribute.type = tf.float32.as_datatype_enum
+        elif kind == "list" and attribute.list.type:
+            types, single = list(attribute.list.type), tf.float32.as_datatype_enum
+            del attribute.list.type[:]
+            attribute.list.type.extend(single if t in half else t for t in types)
+        elif kind == "tensor" and attribute.tensor.dtype in half:
+            numbers = tf.make_ndarray(attribute.tensor).astype("float32")
+            attribute.tensor.CopyFrom(tf.make_tensor_proto(numbers))
