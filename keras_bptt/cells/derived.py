@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from keras_bptt.cells.cell import Cell, Cost, Shapes
 from keras_bptt.cells.cuts import NEVER, cut
+from keras_bptt.cells.probing import probed
 from keras_bptt.cells.tracing import ADJOINT, STATE, Trace, X, names_of
 from keras_bptt.runtime.execution import op_callbacks, switches
 from keras_bptt.runtime.subgraphs import has_rows, numbers_of
@@ -172,7 +173,7 @@ def _drive(trace, back):
     def keeping(tensor):
         if tensor.name in there:
             return 0
-        return 1 if has_rows(tensor) and trace.of(tensor, X) else NEVER
+        return 1 if trace.graph.has_rows(tensor) and trace.of(tensor, X) else NEVER
 
     def computing(operation):
         # One tensor is split in the loop, where XLA fuses it, and not for all steps.
@@ -203,7 +204,11 @@ def _of(trace, operation, kind):
 
 def _keeping(trace, tensor, dtype, kinds):
     """What it costs to keep a tensor of these kinds."""
-    if not trace.of(tensor, kinds) or tensor.dtype != dtype or not has_rows(tensor):
+    if (
+        not trace.of(tensor, kinds)
+        or tensor.dtype != dtype
+        or not trace.graph.has_rows(tensor)
+    ):
         return NEVER
     return KEEP * max(1, numbers_of(tensor))
 
@@ -212,7 +217,7 @@ def _computing(operation, cheap):
     """What it costs to compute the outputs of an operation again."""
     if operation.type == "Placeholder":
         return NEVER
-    if operation.type in VIEWS or not operation.outputs:
+    if operation.type in VIEWS or not operation.outputs or not operation.inputs:
         return 0
     numbers = sum(numbers_of(t) if has_rows(t) else 1 for t in operation.outputs)
     if operation.type in PRODUCTS:
@@ -365,7 +370,7 @@ class Derived(Cell):
         flat = map(lead.flat, (inputs, *self._point(point, before), *deltas))
         given = [*flat, *self._beside(lead, noise), *weights]
         found = parts.gradients(given)
-        d_x = None
+        d_x = tf.zeros_like(inputs) if inputs.dtype.is_floating else None
         if parts.d_x:
             d_x = tf.cast(lead.back(found[:1])[0], inputs.dtype)
         d_weights = [tf.zeros_like(w, wide(w.dtype)) for w in weights]
@@ -426,19 +431,24 @@ def multiply_adds(operation):
     return numbers_of(output) if has_rows(output) else 0
 
 
-def derived(trace: Trace) -> Derived:
-    """The cell of a traced step; the same for two that compute the same."""
+def derived(name, trace: Trace) -> Derived:
+    """The cell of a traced step; the same for two that compute the same.
+
+    Raises:
+        ValueError: where the step mixes examples; `name` is that of the cell.
+    """
     inner = [trace.x, *trace.before, *trace.noise, *trace.inputs, *trace.adjoints]
     outer = [*trace.after, trace.d_x, *trace.d_before, *trace.d_weights]
     marks = [inner, [t for t in outer if t is not None], trace.read]
     key = trace.graph.fingerprint(*marks)
-    return _known(key, _Given(trace))
+    return _known(key, _Given(trace, name))
 
 
 class _Given(NamedTuple):
     """A trace, equal to any other: a cache is to know its key alone."""
 
     trace: Trace
+    name: str
 
     def __eq__(self, other):
         return isinstance(other, _Given)
@@ -449,7 +459,7 @@ class _Given(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _known(key, given):
-    return Derived(key, divide(given.trace.simplified()))
+    return Derived(key, divide(probed(given.name, given.trace.simplified())))
 
 
 def xla_compiles(cell: Derived) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.runtime.simplify import simplified
-from keras_bptt.runtime.subgraphs import Traced, has_rows
+from keras_bptt.runtime.subgraphs import Traced, has_rows, in_order
 
 # What a tensor depends on. TRAINED: on something that has a gradient; ROWS: on their
 # number.
@@ -78,7 +78,7 @@ class Trace(NamedTuple):
             if name not in ("graph", "sources", "output", "trained", "depends")
         }
         leaves = {t.name: self.depends[t.name] for t in _leaves(self.graph.operations)}
-        depends = dependence(graph.get_operations(), leaves)
+        depends = dependence(in_order(graph), leaves)
         return self._replace(graph=Traced(graph), depends=depends, **tensors)
 
     def of(self, tensor, *kinds):
@@ -123,7 +123,7 @@ def _derivative(name, graph, arguments, variables, output, after):
     )
     for tensor, _, trained in inputs:
         leaves[tensor.name] = WEIGHT | (trained and TRAINED)
-    depends = dependence(graph.get_operations(), leaves)
+    depends = dependence(in_order(graph), leaves)
     ways = _ways_to(after)
     _refuse_mixing(name, depends, ways)
     read = _meeting_rows(depends, ways, after)
@@ -154,7 +154,7 @@ def _derivative(name, graph, arguments, variables, output, after):
         "d_x": d_x,
         "d_before": tuple(d_before),
         "d_weights": tuple(d_weights),
-        "depends": dependence(graph.get_operations(), leaves),
+        "depends": dependence(in_order(graph), leaves),
     }
 
 

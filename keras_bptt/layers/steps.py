@@ -51,7 +51,7 @@ def step_of(cell, x, states, training):
         [_row(cell, t) for t in noise],
         [(t, v.trainable) for t, v in zip(values, variables, strict=True)],
     )
-    known = derived(traced)
+    known = derived(_name(cell), traced)
     return known, known.weights_from(map(tf.convert_to_tensor, traced.sources)), noise
 
 

@@ -24,7 +24,7 @@ def run(function: Callable, options, *tensors):
         for option in tf.nest.flatten(options)
     )
     shapes = _shapes(tensors)
-    known = shapes if one_length else (shape[-1] for shape in shapes)
+    known = shapes if one_length else (shape[-1:] for shape in shapes)
     key = (*known, switches())
     return _graph(function, options, key, False)(*tensors)
 

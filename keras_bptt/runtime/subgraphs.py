@@ -33,12 +33,16 @@ class Traced:
         library: the functions that they call.
         sized: of the operations of `_OF_SHAPE` whose inputs have rows of a known shape,
             each output by name, with the operation's type, dtype and that shape.
+
+    Args:
+        not_rows: the names of tensors whose first axis, unknown as it is, is not that of
+            rows. None: nothing is known yet.
     """
 
-    def __init__(self, graph):
+    def __init__(self, graph, not_rows=None):
         definition = graph.as_graph_def()
-        self.graph = graph
-        self.operations = graph.get_operations()
+        self.graph, self._not_rows = graph, not_rows or set()
+        self.operations = in_order(graph)
         self.nodes = {node.name: _stripped(node) for node in definition.node}
         self.library = definition.library
         for function in self.library.function:
@@ -49,8 +53,12 @@ class Traced:
             for operation in self.operations
             if operation.type in _OF_SHAPE
             for tensor, output in zip(operation.inputs, operation.outputs, strict=False)
-            if has_rows(tensor)
+            if self.has_rows(tensor) and not_rows is not None
         }
+
+    def has_rows(self, tensor):
+        """Whether a tensor has a row of known shape for each row of the inputs."""
+        return has_rows(tensor) and tensor.name not in self._not_rows
 
     def fingerprint(self, *marked):
         """A digest of what the graph computes from its inputs, whatever it calls them.
@@ -64,7 +72,7 @@ class Traced:
         for number, operation in enumerate(self.operations):
             place[operation.name] = number
             inputs = [(place[t.op.name], t.value_index) for t in operation.inputs]
-            controls = [place[op.name] for op in operation.control_inputs]
+            controls = [place.get(op.name) for op in operation.control_inputs]
             digest.update(repr((operation.type, inputs, controls)).encode())
             digest.update(_attributes(self.nodes[operation.name], functions))
         marks = [[(place[t.op.name], t.value_index) for t in each] for each in marked]
@@ -155,6 +163,27 @@ class Part:
                 result = tf.ensure_shape(result, output.shape)
             results.append(result)
         return results
+
+
+def in_order(graph):
+    """The operations of a graph, each after those whose outputs it reads.
+
+    So they are made, but for a loop: its gradient adds to it what was made later.
+    """
+    found, begun = [], set()
+    for first in graph.get_operations():
+        waiting = [first]
+        while waiting:
+            operation = waiting[-1]
+            missing = [t.op for t in operation.inputs if t.op.name not in begun]
+            if operation.name not in begun and missing:
+                waiting += missing
+                continue
+            waiting.pop()
+            if operation.name not in begun:
+                begun.add(operation.name)
+                found.append(operation)
+    return found
 
 
 def has_rows(tensor):

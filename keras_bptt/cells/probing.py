@@ -1,0 +1,94 @@
+"""Tries a traced step with numbers: shapes and dependences that a graph does not tell.
+
+A tensor of as many rows as examples looks like one of examples times heads, whose first
+axis is unknown too; and rows may be reversed, sorted or added up along the first axis. So
+the step runs a few times: for two numbers of rows, and with some of the rows moved.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from keras_bptt.cells.tracing import mixes
+from keras_bptt.runtime.subgraphs import Traced, has_rows
+
+# Of rows: neither is a multiple of the other, nor likely a size of anything else.
+FEW, MANY = 3, 7
+
+
+def probed(name, trace):
+    """The trace, with its graph told which tensors have a row for each example.
+
+    Raises:
+        ValueError: where a row of a result depends on another row of what is given.
+    """
+    graph = trace.graph
+    leaves = [trace.x, *trace.before, *trace.noise, *trace.adjoints]
+    candidates = [
+        t
+        for op in graph.operations
+        for t in op.outputs
+        if has_rows(t) and t.dtype not in (tf.variant, tf.resource, tf.string)
+    ]
+    results = [*trace.after, trace.d_x, *trace.d_before]
+    results = [t for t in results if t is not None]
+    run = _runner(graph, [*candidates, *results], [*leaves, *trace.inputs])
+    random = np.random.default_rng(0)
+    inputs = [_numbers(random, t, t.shape) for t in trace.inputs]
+
+    def drawn(rows):
+        return [_numbers(random, t, [rows, *t.shape[1:]]) for t in leaves]
+
+    base, other = drawn(MANY), drawn(MANY)
+    found = {
+        rows: run(given, inputs) for rows, given in ((FEW, drawn(FEW)), (MANY, base))
+    }
+    number = len(candidates)
+    not_rows = {
+        t.name
+        for i, t in enumerate(candidates)
+        if any(values[i].shape[0] != rows for rows, values in found.items())
+    }
+    expected = found[MANY][number:]
+    for moved in _halves(MANY):
+        mixed = [
+            np.where(moved.reshape([-1] + [1] * (b.ndim - 1)), o, b)
+            for b, o in zip(base, other, strict=True)
+        ]
+        for tensor, new, old in zip(
+            results, run(mixed, inputs)[number:], expected, strict=True
+        ):
+            if not np.array_equal(new[~moved], old[~moved], equal_nan=True):
+                raise ValueError(mixes(name, tensor.op.name))
+    return trace._replace(graph=Traced(graph.graph, not_rows))
+
+
+def _runner(graph, outputs, inputs):
+    """A function of the values of leaves and of other inputs to those of the outputs."""
+    part = graph.part(outputs, inputs)
+    signature = [
+        tf.TensorSpec([None, *t.shape[1:]] if has_rows(t) else t.shape, t.dtype)
+        for t in inputs
+    ]
+    function = tf.function(lambda *v: part(v), signature, autograph=False)
+
+    def run(leaves, others):
+        with tf.init_scope():
+            given = map(tf.convert_to_tensor, [*leaves, *others])
+            return [t.numpy() for t in function(*given)]
+
+    return run
+
+
+def _numbers(random, tensor, shape):
+    dtype = tensor.dtype
+    if dtype.is_floating:
+        return (0.5 * random.normal(size=shape)).astype(dtype.as_numpy_dtype)
+    return random.integers(0, 2, shape).astype(dtype.as_numpy_dtype)
+
+
+def _halves(rows):
+    """Sets of rows such that of any two, some set holds the one and not the other."""
+    rows = np.arange(rows)
+    for bit in range(int(rows.max()).bit_length()):
+        yield rows >> bit & 1 == 0
+        yield rows >> bit & 1 == 1
