@@ -5,6 +5,7 @@ from keras_bptt.conversion import convert
 from keras_bptt.flow.gradient_flow import gradient_flow
 from keras_bptt.flow.layer_flow import LayerFlow
 from keras_bptt.flow.model_flow import GradientFlow
+from keras_bptt.layers.bptt import BPTT
 from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveTruncation",
+    "BPTT",
     "BPTTRNN",
     "GradientFlow",
     "GradientFlowLogger",

@@ -3,6 +3,7 @@
 A new layer is a row of `LAYERS`. Every test of `layers/test_contract.py` then runs for it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
@@ -12,7 +13,7 @@ from helpers import WAYS, B, D, H, random_inputs, rng
 from hypothesis import strategies as st
 from unrolled import Unrolled
 
-from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
+from keras_bptt import BPTT, BPTTRNN, RandomizedTruncation, Truncation
 from keras_bptt.truncation import policy
 
 # Options that the hosts have not.
@@ -34,11 +35,27 @@ def centred(z):
     return tf.tanh(z) + 0.5 * tf.sin(tf.cumsum(z, axis=-1))
 
 
+# Options that are the cell's where a layer is made of one.
+OF_CELL = ("activation", "use_bias", "dropout", "recurrent_dropout", "seed")
+OF_CELL += ("kernel_regularizer", "recurrent_regularizer", "bias_regularizer")
+
+
+def around(layer_class, cell_class):
+    """The layer around a cell, as if it were a layer of the cell's options."""
+
+    def make(units, **options):
+        own = {key: options.pop(key) for key in OF_CELL if key in options}
+        own |= {"dtype": options.get("dtype")}
+        return layer_class(cell_class(units, **own), **options)
+
+    return make
+
+
 class Layer(NamedTuple):
     """A layer of the package, the layer of Keras in whose place it stands, and options."""
 
-    layer: type
-    host: type
+    layer: Callable
+    host: Callable
     # A slope that h tells, one that z tells, and Jacobians.
     options: dict
 
@@ -48,6 +65,11 @@ LAYERS = {
         BPTTRNN,
         keras.layers.SimpleRNN,
         {"activation": "tanh linear relu selu gelu softmax".split() + [sine, centred]},
+    ),
+    "BPTT(GRUCell)": Layer(
+        around(BPTT, keras.layers.GRUCell),
+        around(keras.layers.RNN, keras.layers.GRUCell),
+        {"activation": ["tanh", "linear", "gelu", "softmax", sine]},
     ),
 }
 

@@ -7,6 +7,7 @@ which nothing comes back. What scales an adjoint stands at the state whose adjoi
 """
 
 import functools
+import inspect
 
 import keras
 import tensorflow as tf
@@ -16,7 +17,13 @@ from keras_bptt import RandomizedTruncation
 
 def norm(tensors):
     """The norm of each example's numbers, (batch, 1)."""
-    return tf.norm(tf.concat(tensors, 1), axis=1, keepdims=True)
+    flat = [tf.reshape(t, [t.shape[0], -1]) for t in tensors]
+    return tf.norm(tf.concat(flat, 1), axis=1, keepdims=True)
+
+
+def beside(condition, t):
+    """A condition for each row, with as many axes as `t`."""
+    return tf.reshape(condition, [-1] + [1] * (len(t.shape) - 1))
 
 
 def sent(states, total):
@@ -41,7 +48,8 @@ def clipped(states, total, limit):
             size, largest = norm(a), limit(total)
             too_large = size > largest
             scale = tf.where(too_large, largest / tf.where(too_large, size, 1), 1)
-            return total, *(tf.stop_gradient(scale) * each for each in a)
+            scale = tf.stop_gradient(scale)
+            return total, *(beside(scale, each) * each for each in a)
 
         return [tf.identity(each) for each in (total, *states)], back
 
@@ -52,13 +60,13 @@ def clipped(states, total, limit):
 @tf.custom_gradient
 def linked(state, factor):
     """The state. Back: what comes from the next step times a factor."""
-    return tf.identity(state), lambda a: (factor * a, None)
+    return tf.identity(state), lambda a: (beside(factor, a) * a, None)
 
 
 def where(condition, yes, no):
     """Of each tensor the rows of `yes` where the condition holds, else those of `no`."""
-    condition = condition[:, None]
-    return [tf.where(condition, a, b) for a, b in zip(yes, no, strict=True)]
+    pairs = zip(yes, no, strict=True)
+    return [tf.where(beside(condition, a), a, b) for a, b in pairs]
 
 
 class Unrolled(keras.layers.Layer):
@@ -101,7 +109,8 @@ class Unrolled(keras.layers.Layer):
         real = tf.ones(x.shape[:2], bool) if mask is None else tf.cast(mask, bool)
         if initial_state is None:
             initial_state = host.get_initial_state(x.shape[0])
-        states = [tf.convert_to_tensor(s) for s in tf.nest.flatten(initial_state)]
+        states = keras.tree.flatten(initial_state)
+        states = [tf.cast(s, host.cell.compute_dtype) for s in states]
         factors = self._factors(x) if training else None
         if host.go_backwards:
             x, real = x[:, ::-1], real[:, ::-1]
@@ -110,8 +119,7 @@ class Unrolled(keras.layers.Layer):
             self._walk, x, real, count, states, factors, training=training
         )
         y, last = self._over_windows(walk, count)
-        host.cell.reset_dropout_mask()
-        host.cell.reset_recurrent_dropout_mask()
+        host._maybe_reset_dropout_masks(host.cell)
         seen = real if host.zero_output_for_mask else count > 0
         y = tf.where(seen[..., None], y, tf.zeros_like(y))
         y = y if host.return_sequences else y[:, -1]
@@ -145,22 +153,28 @@ class Unrolled(keras.layers.Layer):
 
     def _walk(self, x, real, count, states, factors, cut, training):
         """All outputs, the last states; through the state of step `cut` nothing returns."""
-        dtype = states[0].dtype
+        dtype, structure = states[0].dtype, self.host.get_initial_state(x.shape[0])
         shown, total = states, tf.zeros((x.shape[0], 1), dtype)
-        outputs = []
+        outputs, y, given = [], None, {}
+        if "training" in inspect.signature(self.host.cell.call).parameters:
+            given["training"] = training
         for t in range(x.shape[1]):
             before = states
             if factors is not None:
                 at_link = tf.where(count[:, t] > 1, factors[:, t], 1)[:, None]
                 before = [linked(s, at_link) for s in states]
-            _, new = self.host.cell(x[:, t], before, training=training)
-            new, with_this = tf.nest.flatten(new), total
+            before = keras.tree.pack_sequence_as(structure, before)
+            output, new = self.host.cell(x[:, t], before, **given)
+            new, with_this = keras.tree.flatten(new), total
+            is_state = output is new[0]
             if self.clipnorm is not None or self.growth is not None:
                 new, with_this = clipped(new, total, self._limit)
             m = real[:, t]
             out = new if self.growth is None else sent(new, with_this)
             shown = where(m, out, shown)
-            outputs.append(shown[0])
+            y = tf.zeros_like(output) if y is None else y
+            (y,) = where(m, [output], [y])
+            outputs.append(shown[0] if is_state else y)
             if cut is not None:
                 at_cut = (cut > 0) & (count[:, t] == cut)
                 new = where(at_cut, [tf.stop_gradient(s) for s in new], new)

@@ -1,9 +1,11 @@
 """What Keras sees: arguments, states, masks, dtypes. No derivative is computed here.
 
 * `bptt_rnn`: the layer `BPTTRNN`.
+* `bptt`: the layer `BPTT`, around any cell.
 * `observing`: who else wants to see what a layer asks of the engine.
 """
 
+from keras_bptt.layers.bptt import BPTT
 from keras_bptt.layers.bptt_rnn import BPTTRNN
 
-__all__ = ["BPTTRNN"]
+__all__ = ["BPTT", "BPTTRNN"]

@@ -187,6 +187,46 @@ def check_mask(name, shape, mask):
         )
 
 
+def check_states(name, shape, rows, states):
+    """`rows`: the shapes of a row of each state."""
+    given = [tf.TensorShape(state.shape) for state in states]
+    expected = [(shape[0], *row) for row in rows]
+    fits = [g.is_compatible_with(e) for g, e in zip(given, expected, strict=False)]
+    if len(given) != len(expected) or not all(fits):
+        raise ValueError(
+            f"{name} takes {len(expected)} states as `initial_state`, here of shape "
+            f"{', '.join(map(str, expected))}. Received: {len(given)} of shape "
+            f"{', '.join(map(str, given))}. Pass one row for each example."
+        )
+
+
+def check_features(name, shape):
+    """The shape of the inputs, as the layer is built."""
+    if len(shape) < 3 or None in shape[2:]:
+        raise ValueError(
+            f"{name} takes inputs of shape (batch, timesteps, ...), of which all but the "
+            f"first two sizes are fixed. Received: shape {tuple(shape)}. Add the missing "
+            "axis with x[..., None] (one feature) or x[None] (one example)."
+        )
+
+
+def with_shape(name, sequences, features):
+    """The inputs of a layer that was built for inputs with these features."""
+    shape = sequences.shape
+    if not shape.is_compatible_with((None, None, *features)):
+        raise ValueError(
+            f"{name} was built for inputs of shape (batch, timesteps, "
+            f"{', '.join(map(str, features))}). Received: shape {tuple(shape)}. Pass such "
+            "inputs, or make another layer."
+        )
+    if shape.rank is not None and shape[1] == 0:
+        raise ValueError(
+            f"{name} takes inputs of at least one timestep. Received: shape "
+            f"{tuple(shape)}. Leave out empty sequences."
+        )
+    return tf.ensure_shape(sequences, (None, None, *features))
+
+
 def check_state(name, shape, units, initial_state):
     if initial_state is None:
         return

@@ -1,6 +1,7 @@
 """BPTT(cell): any cell in a layer whose gradient is explicit."""
 
 import keras
+import tensorflow as tf
 
 from keras_bptt.cells.derived import xla_compiles
 from keras_bptt.layers import arguments
@@ -43,6 +44,34 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
     __init__.__signature__ = arguments.joined_signature(
         __init__, keras.layers.RNN.__init__
     )
+
+    def build(self, sequences_shape, initial_state_shape=None):
+        arguments.check_features(self.name, sequences_shape)
+        super().build(sequences_shape, initial_state_shape)
+        with keras.StatelessScope():  # draws, if any, are those of a call
+            states = keras.tree.flatten(self.get_initial_state(batch_size=1))
+        self._rows = tuple(tuple(state.shape[1:]) for state in states)
+        self._features = tuple(sequences_shape[2:])
+
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        arguments.check_dense(self.name, sequences)
+        sequences = arguments.with_shape(self.name, sequences, self._features)
+        if initial_state is not None:
+            initial_state = self._checked_states(sequences, initial_state)
+        return super().call(
+            sequences, initial_state=initial_state, mask=mask, training=training
+        )
+
+    def _checked_states(self, sequences, initial_state):
+        states = keras.tree.flatten(initial_state)
+        arguments.check_states(self.name, sequences.shape, self._rows, states)
+        states = [
+            tf.ensure_shape(state, (None, *row))
+            for state, row in zip(states, self._rows, strict=True)
+        ]
+        with keras.StatelessScope():
+            structure = self.get_initial_state(batch_size=1)
+        return keras.tree.pack_sequence_as(structure, states)
 
     def _step(self, sequences, states, training):
         cell, weights, noise = step_of(self.cell, sequences, states, training)

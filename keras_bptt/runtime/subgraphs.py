@@ -41,7 +41,8 @@ class Traced:
 
     def __init__(self, graph, not_rows=None):
         definition = graph.as_graph_def()
-        self.graph, self._not_rows = graph, not_rows or set()
+        self.graph, self.is_tried = graph, not_rows is not None
+        self._not_rows = not_rows or set()
         self.operations = in_order(graph)
         self.nodes = {node.name: _stripped(node) for node in definition.node}
         self.library = definition.library
@@ -53,7 +54,7 @@ class Traced:
             for operation in self.operations
             if operation.type in _OF_SHAPE
             for tensor, output in zip(operation.inputs, operation.outputs, strict=False)
-            if self.has_rows(tensor) and not_rows is not None
+            if self.is_tried and self.has_rows(tensor)
         }
 
     def has_rows(self, tensor):
@@ -114,6 +115,7 @@ class Part:
             for node in self._definition.node:
                 _widen(node)
         self._sized = {name: traced.sized[name] for name in self._sized}
+        self._have_rows = [traced.is_tried and traced.has_rows(t) for t in outputs]
         self._rows = next((i for i, t in enumerate(inputs) if has_rows(t)), None)
         self._function = tf.function(self._imported, autograph=False)
 
@@ -126,7 +128,11 @@ class Part:
             tf.cast(v, self.dtype_of(t))
             for t, v in zip(self.inputs, values, strict=True)
         ]
-        return list(self._function(given))
+        function = self._function
+        if tf.config.functions_run_eagerly():
+            # What is imported is a graph, whatever else is to run without one.
+            function = function.get_concrete_function(given)
+        return list(function(given))
 
     def dtype_of(self, tensor):
         """Of an input or output of the graph, where this part computes it."""
@@ -154,10 +160,10 @@ class Part:
         )
         found = iter(found)
         results = []
-        for output in self.outputs:
+        for output, of_rows in zip(self.outputs, self._have_rows, strict=True):
             name = output.name
             result = known[name] if name in known else next(found)
-            if has_rows(output) and isinstance(rows, int):
+            if of_rows and isinstance(rows, int):
                 result = tf.ensure_shape(result, [rows, *output.shape[1:]])
             elif output.shape.rank is not None:
                 result = tf.ensure_shape(result, output.shape)

@@ -163,7 +163,8 @@ def expected_gradients(window, names, most, activation="tanh", sequences=True):
         # Of the last output h_0 has none, where the window does not begin there.
         return first_order(by_windows(window, activation, sequences), "zero")
 
-    window = window or (T, T)
+    # A window that holds all steps is the only one.
+    window = (T, T) if window is None or window[0] >= T else window
     return row_by_row(of_window, window) if "mask" in names else of_window(window)
 
 
