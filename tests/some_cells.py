@@ -201,7 +201,8 @@ def a_loop(self, x, h):
     def body(i, h):
         return i + 1, tf.tanh(x @ self.W + h @ self.U + self.b)
 
-    return tf.while_loop(lambda i, _: i < 3, body, (0, h))[1]
+    found = tf.while_loop(lambda i, _: i < 3, body, (0, h), maximum_iterations=3)
+    return found[1]
 
 
 @cell()

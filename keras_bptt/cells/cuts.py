@@ -15,6 +15,10 @@ from collections.abc import Callable
 NEVER = 10**15  # the cost of what must not be done
 
 
+class Impossible(Exception):
+    """What is wanted can neither be kept nor computed."""
+
+
 def cut(wanted, keeping: Callable, computing: Callable):
     """The tensors to keep, in the order in which they are met, so that all costs least.
 
@@ -22,10 +26,13 @@ def cut(wanted, keeping: Callable, computing: Callable):
         wanted: tensors.
         keeping: of a tensor what it costs to keep it, an integer; 0: it is there anyway.
         computing: of an operation what it costs to compute it again.
+
+    Raises:
+        Impossible: where one can neither be kept nor computed.
     """
     network, met = _Network(), {}
     waiting = list(wanted)
-    for tensor in wanted:
+    for tensor in waiting:
         network.join("wanted", ("tensor", tensor.name), NEVER)
     while waiting:
         tensor = waiting.pop(0)
@@ -76,7 +83,7 @@ class _Network:
                 node = came_from[node]
             flow = min(self.capacity[a][b] for a, b in way)
             if flow >= NEVER:
-                raise ValueError("What is wanted can neither be kept nor computed.")
+                raise Impossible
             for a, b in way:
                 if self.capacity[a][b] < NEVER:
                     self.capacity[a][b] -= flow

@@ -25,209 +25,27 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.cells.cell import Cell, Cost, Shapes
-from keras_bptt.cells.cuts import NEVER, cut
+from keras_bptt.cells.division import (
+    CHEAP,
+    PRODUCTS,
+    QUOTIENTS,
+    VIEWS,
+    Division,
+    divide,
+)
 from keras_bptt.cells.probing import probed
-from keras_bptt.cells.tracing import ADJOINT, STATE, Trace, X, names_of
+from keras_bptt.cells.tracing import Trace, names_of
 from keras_bptt.runtime.execution import op_callbacks, switches
 from keras_bptt.runtime.subgraphs import has_rows, numbers_of
 from keras_bptt.runtime.tensors import size_of, wide, widened
 
-PRODUCTS = {
-    "MatMul",
-    "BatchMatMul",
-    "BatchMatMulV2",
-    "BatchMatMulV3",
-    "Einsum",
-    "Conv2D",
-}
-PRODUCTS |= {"Conv2DBackpropInput", "Conv2DBackpropFilter", "While", "StatelessWhile"}
-VIEWS = {"Identity", "Reshape", "EnsureShape", "ExpandDims", "Squeeze", "Cast"}
-CHEAP = {"Add", "AddV2", "Sub", "Mul", "Neg", "Square", "Relu", "Maximum", "Minimum"}
-CHEAP |= {"Select", "SelectV2", "Greater", "Less", "GreaterEqual", "LessEqual", "Split"}
-CHEAP |= {"ConcatV2", "SplitV", "StridedSlice", "Slice", "BiasAdd", "AddN", "ZerosLike"}
-CHEAP |= {
-    "Mean",
-    "Sum",
-    "Fill",
-    "TanhGrad",
-    "SigmoidGrad",
-    "ReluGrad",
-    "Pack",
-    "Unpack",
-    "Const",
-    "Transpose",
-}
-
-QUOTIENTS = {"RealDiv", "Div", "DivNoNan", "Sqrt", "Rsqrt", "SqrtGrad", "RsqrtGrad"}
-QUOTIENTS |= {"Reciprocal", "Inv", "SquaredDifference"}
 # What XLA is known to compile, without a trial that takes time.
-KNOWN_TO_XLA = (
-    VIEWS | CHEAP | {"MatMul", "Tanh", "Sigmoid", "Exp", "Sum", "Mean", "Sqrt"}
-)
-KNOWN_TO_XLA |= {"RealDiv", "Softmax", "Softplus", "Rsqrt", "RsqrtGrad", "SqrtGrad"}
-KNOWN_TO_XLA |= {"Shape", "BroadcastGradientArgs", "SquaredDifference", "BiasAddGrad"}
-# Of what XLA on a CPU (TensorFlow 2.21) makes a pad, which it may write past the end of: see
-# `runtime.tensors`.
-UNSAFE = {"Pad", "PadV2", "MirrorPad", "StridedSliceGrad"}
-
-# What it costs, for each number of a row: to keep it, that is to write it and to read it
-# again; to compute it by a cheap operation, which XLA fuses with others, or by one that is
-# not, such as tanh; by a product; and by a cheap one of all steps at once, where nothing is
-# fused.
-KEEP, FUSED, QUOTIENT, FUNCTION, PRODUCT, AT_ONCE = 100, 5, 20, 60, 10**7, 80
-
-
-class Division(NamedTuple):
-    """How the graph of a step and its derivative is divided.
-
-    Attributes:
-        drive, saved, deltas: tensors that go from one part to another.
-        drive_back: whether a step back reads the drive.
-        recurs: for each state after the step whether the next step reads it.
-    """
-
-    trace: Trace
-    drive: tuple
-    saved: tuple
-    deltas: tuple
-    drive_back: bool
-    recurs: tuple
-
-
-def divide(trace: Trace) -> Division:
-    """Divide the graph by what its tensors depend on."""
-    after = {t.name for state in trace.after for t in names_of(state)}
-    there = {t.name for t in (*trace.before, *trace.noise, *trace.read)}
-    there |= after | set(trace.graph.sized)
-    dtype = trace.before[0].dtype
-    back = [d for d in trace.d_before if d is not None]
-    adjoints = {a.name for a in trace.adjoints}
-    sequential = set(_between(back, there)) | adjoints
-    drive = _drive(trace, back)
-    driven = {t.name for t in drive}
-    drive_back = not any(
-        op.type in PRODUCTS for op in _operations(drive, {trace.x.name} | there)
-    )
-
-    def kept_of_step(tensor):
-        if tensor.name in there or (drive_back and tensor.name in driven):
-            return 0
-        if tensor.name in adjoints:
-            return 0
-        if trace.of(tensor, ADJOINT):
-            return NEVER
-        return _keeping(trace, tensor, dtype, STATE | X)
-
-    def again_in_step(operation):
-        if _of(trace, operation, ADJOINT):
-            return 0
-        return _computing(operation, FUSED)
-
-    saved = cut(back, kept_of_step, again_in_step)
-    found = {t.name for t in saved}
-
-    def kept_of_all(tensor):
-        if tensor.name in there | found or tensor.name == trace.x.name:
-            return 0
-        if drive_back and tensor.name in driven:
-            return 0
-        if trace.of(tensor, ADJOINT):
-            if tensor.name not in sequential:
-                return NEVER
-            return _keeping(trace, tensor, dtype, ADJOINT)
-        return _keeping(trace, tensor, dtype, STATE)
-
-    def again_of_all(operation):
-        if _of(trace, operation, ADJOINT):
-            loop = any(t.name in sequential for t in operation.outputs)
-            return _computing(operation, AT_ONCE) if loop else 0
-        if _of(trace, operation, STATE):
-            return _computing(operation, FUSED)
-        return 0 if operation.type != "Placeholder" else NEVER
-
-    gradients = [d for d in (trace.d_x, *trace.d_weights) if d is not None]
-    kept = cut(gradients, kept_of_all, again_of_all)
-    return Division(
-        trace,
-        drive,
-        (*saved, *(t for t in kept if not trace.of(t, ADJOINT))),
-        tuple(t for t in kept if trace.of(t, ADJOINT)),
-        drive_back,
-        (*(d is not None for d in trace.d_before), False)[: len(trace.after)],
-    )
-
-
-def _drive(trace, back):
-    """What does not depend on a state and is read where something does."""
-    wanted = {}
-    for tensor in _between([*trace.after, *back], set()).values():
-        if trace.of(tensor, STATE, ADJOINT):
-            for needed in tensor.op.inputs:
-                if trace.of(needed, X) and not trace.of(needed, STATE, ADJOINT):
-                    wanted[needed.name] = needed
-    wanted |= {
-        t.name: t for t in trace.after if not trace.of(t, STATE) and trace.of(t, X)
-    }
-    there = {t.name for t in (*trace.noise, *trace.read)} | set(trace.graph.sized)
-
-    def keeping(tensor):
-        if tensor.name in there:
-            return 0
-        return 1 if trace.graph.has_rows(tensor) and trace.of(tensor, X) else NEVER
-
-    def computing(operation):
-        # One tensor is split in the loop, where XLA fuses it, and not for all steps.
-        return 0 if operation.type == "Split" else _computing(operation, FUNCTION)
-
-    found = cut(list(wanted.values()), keeping, computing)
-    return tuple(found) or (trace.x,)
-
-
-def _between(outputs, given):
-    """The tensors that the outputs are computed from, by name, up to the given ones."""
-    found, waiting = {}, [t for t in outputs if t.name not in given]
-    while waiting:
-        tensor = waiting.pop()
-        if tensor.name not in found:
-            found[tensor.name] = tensor
-            waiting += [t for t in tensor.op.inputs if t.name not in given]
-    return found
-
-
-def _operations(outputs, given):
-    return {t.op.name: t.op for t in _between(outputs, given).values()}.values()
-
-
-def _of(trace, operation, kind):
-    return any(trace.of(t, kind) for t in operation.outputs)
-
-
-def _keeping(trace, tensor, dtype, kinds):
-    """What it costs to keep a tensor of these kinds."""
-    if (
-        not trace.of(tensor, kinds)
-        or tensor.dtype != dtype
-        or not trace.graph.has_rows(tensor)
-    ):
-        return NEVER
-    return KEEP * max(1, numbers_of(tensor))
-
-
-def _computing(operation, cheap):
-    """What it costs to compute the outputs of an operation again."""
-    if operation.type == "Placeholder":
-        return NEVER
-    if operation.type in VIEWS or not operation.outputs or not operation.inputs:
-        return 0
-    numbers = sum(numbers_of(t) if has_rows(t) else 1 for t in operation.outputs)
-    if operation.type in PRODUCTS:
-        return PRODUCT * numbers
-    of_type = FUNCTION
-    if operation.type in QUOTIENTS:
-        of_type = QUOTIENT
-    elif operation.type in CHEAP:
-        of_type = 0
-    return max(cheap, of_type) * numbers
+KNOWN_TO_XLA = VIEWS | CHEAP | QUOTIENTS | {"BiasAddGrad", "BroadcastGradientArgs"}
+KNOWN_TO_XLA |= {"Const", "Exp", "GatherV2", "MatMul", "OnesLike", "Shape", "Sigmoid"}
+KNOWN_TO_XLA |= {"Softmax", "Softplus", "Tanh", "ZerosLike"}
+# Of what XLA on a CPU (TensorFlow 2.21) makes a pad, which it may write past the end of:
+# see `runtime.tensors`.
+UNSAFE = {"MirrorPad", "Pad", "PadV2", "StridedSliceGrad"}
 
 
 class _Parts:
@@ -267,7 +85,8 @@ class _Parts:
 
 
 @functools.lru_cache(maxsize=64)
-def _parts(cell):
+def parts_of(cell):
+    """The parts of a `Derived`, as they can be run."""
     return _Parts(cell.division, cell.is_wide)
 
 
@@ -304,8 +123,11 @@ class Derived(Cell):
         Numbers that are no floating ones come as float64, so that all have a gradient.
         """
         trace = self.division.trace
-        found = _parts(self).weights(list(sources))
-        found = [w if t else tf.stop_gradient(w) for w, t in zip(found, trace.trained)]
+        found = parts_of(self).weights(list(sources))
+        found = [
+            w if t else tf.stop_gradient(w)
+            for w, t in zip(found, trace.trained, strict=True)
+        ]
         return [w if w.dtype.is_floating else tf.cast(w, tf.float64) for w in found]
 
     def called_with(self, dtype):
@@ -331,7 +153,7 @@ class Derived(Cell):
         return Shapes(states, rows(division.saved), rows(division.deltas))
 
     def cost(self, weights):
-        products = sum(map(multiply_adds, _parts(self).step.operations))
+        products = sum(map(multiply_adds, parts_of(self).step.operations))
         made = [*self.division.trace.after, *self.division.saved]
         return Cost(products=products, numbers=sum(map(numbers_of, made)))
 
@@ -339,10 +161,10 @@ class Derived(Cell):
         trace = self.division.trace
         lead = _Lead(x, trace.x)
         given = [lead.flat(x), *self._beside(lead, noise), *weights]
-        return tuple(lead.back(_parts(self).project(given)))
+        return tuple(lead.back(parts_of(self).project(given)))
 
     def step(self, weights, drive, before, noise):
-        parts, number = _parts(self), len(self.division.trace.after)
+        parts, number = parts_of(self), len(self.division.trace.after)
         lead = _Lead(before[0], self.division.trace.before[0])
         before = before[: len(self.division.trace.before)]
         flat = map(lead.flat, (*drive, *before))
@@ -351,7 +173,7 @@ class Derived(Cell):
         return tuple(found[:number]), tuple(found[number:])
 
     def step_back(self, weights, point, adjoints, noise):
-        parts, trace = _parts(self), self.division.trace
+        parts, trace = parts_of(self), self.division.trace
         lead = _Lead(adjoints[0], trace.before[0])
         flat = map(lead.flat, (*self._point(point, point.before), *adjoints))
         given = [*flat, *self._beside(lead, noise), *weights]
@@ -363,7 +185,7 @@ class Derived(Cell):
         return tuple(back), tuple(found[number:])
 
     def gradients(self, weights, x, point, deltas, noise):
-        parts, trace = _parts(self), self.division.trace
+        parts, trace = parts_of(self), self.division.trace
         inputs = x()
         lead = _Lead(inputs, trace.x)
         before = [p[0] if len(p) == 1 else tf.concat(p, 0) for p in point.before]
@@ -381,7 +203,7 @@ class Derived(Cell):
     def _point(self, point, before):
         """The tensors of a point, in the order of `_Parts`."""
         drive = point.drive if self.division.drive_back else ()
-        pairs = zip(point.after, _parts(self).repeats, strict=True)
+        pairs = zip(point.after, parts_of(self).repeats, strict=True)
         after = [t for t, number in pairs for _ in range(number)]
         before = before[: len(self.division.trace.before)]
         return (*drive, *after, *before, *(point.saved or ()))
@@ -467,34 +289,34 @@ def xla_compiles(cell: Derived) -> bool:
     # Where tf.debugging looks at every operation, it adds some that XLA does not know.
     if not tf.test.is_built_with_xla() or op_callbacks():
         return False
-    parts = _parts(cell)
+    return tf.config.functions_run_eagerly() or not not_for_xla(cell)
+
+
+def not_for_xla(cell: Derived) -> set:
+    """The types of operations that XLA does not compile, in what runs step by step."""
+    parts = parts_of(cell)
     types = {op.type for op in (*parts.step.operations, *parts.step_back.operations)}
-    if types & UNSAFE:
-        return False
-    if types <= KNOWN_TO_XLA or tf.config.functions_run_eagerly():
-        return True
-    return _xla_compiles(cell, switches())
+    unsafe, unknown = types & UNSAFE, types - KNOWN_TO_XLA
+    if unsafe or not unknown or _tried(cell, switches()):
+        return unsafe
+    return unknown
 
 
 @functools.lru_cache(maxsize=64)
-def _xla_compiles(cell, switches):
+def _tried(cell, switches):
+    """Whether XLA has compiled the parts that run step by step."""
     del switches  # what was judged under others is judged again
-    trace, parts = cell.division.trace, _parts(cell)
+    parts = parts_of(cell)
 
-    def zeros(tensors):
-        return [tf.zeros([1, *t.shape[1:]], t.dtype) for t in tensors]
-
-    def numbers(tensors):
-        return [tf.zeros(t.shape, t.dtype) for t in tensors]
+    def zeros(tensor):
+        shape = [1, *tensor.shape[1:]] if has_rows(tensor) else tensor.shape
+        return tf.zeros(shape, tensor.dtype)
 
     with tf.init_scope():
         try:
             for part in parts.step, parts.step_back:
-                given = [
-                    zeros([t])[0] if has_rows(t) else numbers([t])[0]
-                    for t in part.inputs
-                ]
-                tf.function(part, jit_compile=True, autograph=False)(given)
+                compiled = tf.function(part, jit_compile=True, autograph=False)
+                compiled(list(map(zeros, part.inputs)))
         except Exception:  # of any class, by kind of failure
             return False
     return True

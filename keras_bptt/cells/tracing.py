@@ -103,7 +103,7 @@ def trace(name, step, x, before, noise, variables):
 
     def whole(*arguments):
         graph = tf.compat.v1.get_default_graph()
-        output, after = step(*arguments)
+        output, after = _inlined(step, arguments)
         found.update(_derivative(name, graph, arguments, variables, output, after))
 
     values = [tf.TensorSpec(value.shape, value.dtype) for value, _ in variables]
@@ -111,6 +111,23 @@ def trace(name, step, x, before, noise, variables):
     graph = function.get_concrete_function(x, before, noise, values).graph
     _refuse_effects(name, graph)
     return Trace(Traced(graph), **found)
+
+
+def _inlined(step, arguments):
+    """What the step returns, with what it calls as functions written into the graph.
+
+    So its tensors can be told apart, and differentiated as often as is asked for. What only
+    AutoGraph makes a graph of stays a function.
+    """
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        return step(*arguments)
+    except (TypeError, NotImplementedError, tf.errors.OperatorNotAllowedInGraphError):
+        tf.config.run_functions_eagerly(before)
+        return step(*arguments)
+    finally:
+        tf.config.run_functions_eagerly(before)
 
 
 def _derivative(name, graph, arguments, variables, output, after):

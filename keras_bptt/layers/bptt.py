@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.cells.derived import xla_compiles
+from keras_bptt.cells.plan import plan_of
 from keras_bptt.layers import arguments
 from keras_bptt.layers.explicit_loop import ExplicitLoop, Step
 from keras_bptt.layers.steps import step_of
@@ -52,6 +53,7 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
             states = keras.tree.flatten(self.get_initial_state(batch_size=1))
         self._rows = tuple(tuple(state.shape[1:]) for state in states)
         self._features = tuple(sequences_shape[2:])
+        self._dtype_of_inputs = self.cell.compute_dtype
 
     def call(self, sequences, initial_state=None, mask=None, training=False):
         arguments.check_dense(self.name, sequences)
@@ -73,6 +75,27 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
             structure = self.get_initial_state(batch_size=1)
         return keras.tree.pack_sequence_as(structure, states)
 
+    def plan(self):
+        """What was found of the cell's step: which part computes what, and how often.
+
+        Returns:
+            A `Plan`; print it. Its attributes are the numbers.
+
+        Raises:
+            ValueError: for a layer that is not built.
+        """
+        if not self.built:
+            raise ValueError(
+                f"{self.name} must be built before its plan is known. Received: a layer "
+                "that is not. Call it once, or `build` it with the shape of its inputs."
+            )
+        with keras.StatelessScope():
+            x = tf.zeros([1, 1, *self._features], self._dtype_of_inputs)
+            states = self.get_initial_state(batch_size=1)
+            cell, _, _ = step_of(self.cell, x, states, training=False)
+        return plan_of(self.cell.name, cell)
+
     def _step(self, sequences, states, training):
+        self._dtype_of_inputs = sequences.dtype.name
         cell, weights, noise = step_of(self.cell, sequences, states, training)
         return Step(cell, weights, noise, lambda: xla_compiles(cell))

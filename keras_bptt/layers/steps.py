@@ -1,4 +1,4 @@
-"""A cell of Keras as a step for the engine: what it reads, and how it is called for rows."""
+"""A cell of Keras as a step for the engine: what it reads, and how rows call it."""
 
 import contextlib
 import inspect

@@ -10,6 +10,9 @@ unknown. And it makes the gradient of parts of a tensor a sum of tensors filled 
     the sum of d_1, d_2, ..., each filled with zeros beside it    concat(d_1, d_2, ...)
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import tensorflow as tf
 
 from keras_bptt.runtime.subgraphs import has_rows
@@ -24,11 +27,11 @@ def simplified(graph):
             name = renamed[name]
         return name
 
-    for _ in range(3):
-        rewriting = _Rewriting(graph)
+    for alone in False, True, True:
+        rewriting = _Rewriting(graph, alone)
         rewriting.run()
         if not rewriting.changed:
-            break
+            continue
         renamed.update(rewriting.renamed)
         graph = tf.Graph()
         with graph.as_default():
@@ -37,9 +40,14 @@ def simplified(graph):
 
 
 class _Rewriting:
-    """One pass over a graph."""
+    """One pass over a graph.
 
-    def __init__(self, graph):
+    Args:
+        alone: whether to rewrite parts of a tensor that are no whole together.
+    """
+
+    def __init__(self, graph, alone):
+        self.alone = alone
         self.graph = graph
         self.nodes = graph.as_graph_def()
         self.by_name = {node.name: node for node in self.nodes.node}
@@ -72,9 +80,9 @@ class _Rewriting:
         self.renamed[old.name] = new
         self.changed = True
 
-    def _constant(self, name, values):
+    def _constant(self, name, values, dtype=tf.int32):
         with tf.Graph().as_default() as graph:
-            tf.constant(values, tf.int32, name=name)
+            tf.constant(values, dtype, name=name)
         self.added += graph.as_graph_def().node
         return f"{name}:0"
 
@@ -109,27 +117,114 @@ class _Rewriting:
         """Parts of one tensor, side by side, and all else."""
         parts, others = [], []
         for tensor in operation.inputs:
-            found = _part_of(tensor)
-            (others if found is None else parts).append(found or tensor)
-        parts.sort(key=lambda part: part[0])
-        edges = [0, *[end for _, end, _, _ in parts]]
-        begins = [begin for begin, _, _, _ in parts]
-        if not parts or begins != edges[:-1] or edges[-1] != parts[0][2]:
+            part = _part_of(tensor)
+            (others if part is None or part.is_number else parts).append(part or tensor)
+        parts.sort()
+        edges = [0, *[part.end for part in parts]]
+        if (
+            not parts
+            or len({part.axis for part in parts}) > 1
+            or [part.begin for part in parts] != edges[:-1]
+            or edges[-1] != parts[0].size
+        ):
             return
+        others = [t.whole if isinstance(t, _Part) else t for t in others]
         node = self.by_name[operation.name]
         joined = node
         if others:
-            joined = tf.compat.v1.NodeDef(name=f"{operation.name}/parts")
-            self.added.append(joined)
-            node.input[:] = [joined.name, *[t.name.removesuffix(":0") for t in others]]
+            joined = self._node(f"{operation.name}/parts")
+            node.input[:] = [joined.name, *map(_short, others)]
             node.attr["N"].i = len(others) + 1
-        axis = self._constant(f"{operation.name}/axis", -1)
-        joined.op = "ConcatV2"
-        joined.input[:] = [*[t.name for *_, t in parts], axis.removesuffix(":0")]
-        joined.attr["N"].i = len(parts)
-        joined.attr["T"].type = operation.outputs[0].dtype.as_datatype_enum
-        joined.attr["Tidx"].type = tf.int32.as_datatype_enum
+        axis = self._constant(f"{operation.name}/axis", parts[0].axis)
+        self._set(
+            joined,
+            "ConcatV2",
+            [*[part.of for part in parts], axis],
+            N=len(parts),
+            T=operation.outputs[0].dtype,
+            Tidx=tf.int32,
+        )
+
+    def _stridedslicegrad(self, operation):
+        """A part beside zeros, chosen by place: XLA would make a pad of it."""
+        if _is_view(operation):
+            shape, *_, d = operation.inputs
+            node, dtype = self.by_name[operation.name], d.dtype
+            self._set(node, "Reshape", [d, shape], T=dtype, Tshape=shape.dtype)
+            return
+        part = _part_of(operation.outputs[0])
+        if part is None or not self.alone:
+            return
+        name, dtype = operation.name, part.of.dtype
+        places = np.arange(part.size)
+        values = part.of
+        if part.is_number:
+            axis = self._constant(f"{name}/axis", part.axis)
+            values = self._set(
+                self._node(f"{name}/number"),
+                "ExpandDims",
+                [values, axis],
+                T=dtype,
+                Tdim=tf.int32,
+            )
+        else:
+            source = np.clip(places - part.begin, 0, part.end - part.begin - 1)
+            source = self._constant(f"{name}/source", source)
+            axis = self._constant(f"{name}/axis", part.axis)
+            values = self._set(
+                self._node(f"{name}/spread"),
+                "GatherV2",
+                [values, source, axis],
+                Tparams=dtype,
+                Tindices=tf.int32,
+                Taxis=tf.int32,
+            )
+        real = (places >= part.begin) & (places < part.end)
+        real = real.reshape([-1] + [1] * (part.rank - part.axis - 1))
+        real = self._constant(f"{name}/real", real, tf.bool)
+        zero = self._constant(f"{name}/zero", 0, dtype)
+        self._set(self.by_name[name], "SelectV2", [real, values, zero], T=dtype)
+
+    def _node(self, name):
+        node = tf.compat.v1.NodeDef(name=name)
+        self.added.append(node)
+        return node
+
+    def _set(self, node, kind, inputs, **attributes):
+        """Make another operation of a node; returns the name of its output."""
+        node.op = kind
+        node.input[:] = map(_short, inputs)
+        for name in list(node.attr):
+            del node.attr[name]
+        for name, value in attributes.items():
+            if isinstance(value, int):
+                node.attr[name].i = value
+            else:
+                node.attr[name].type = value.as_datatype_enum
         self.changed = True
+        return f"{node.name}:0"
+
+
+class _Part(NamedTuple):
+    """`whole` is `of` in these places of an axis, and zeros beside it.
+
+    Attributes:
+        is_number: whether `of` lacks the axis.
+    """
+
+    begin: int
+    end: int
+    size: int
+    axis: int
+    rank: int
+    is_number: bool
+    of: tf.Tensor
+    whole: tf.Tensor
+
+
+def _short(tensor):
+    name = tensor if isinstance(tensor, str) else tensor.name
+    return name.removesuffix(":0")
 
 
 def _shape_in(tensor):
@@ -156,31 +251,57 @@ def _added_over(left, right):
     return axes
 
 
+def _is_view(operation):
+    """Whether the slice took all, and did but add axes."""
+    count = operation.inputs[1].shape[0]
+    masks = {
+        name: operation.get_attr(f"{name}_mask")
+        for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
+    }
+    all_of_it = masks["begin"] & masks["end"] | masks["ellipsis"] | masks["new_axis"]
+    strides = tf.get_static_value(operation.inputs[3])
+    return (
+        count is not None
+        and all_of_it == 2**count - 1
+        and not masks["shrink_axis"]
+        and strides is not None
+        and (strides == 1).all()
+    )
+
+
 def _part_of(tensor):
-    """(begin, end, size, d) where the tensor is d in a last axis of zeros; else None."""
+    """The `_Part` that a gradient of a slice is, if it is one of one axis."""
     operation = tensor.op
-    if operation.type != "StridedSliceGrad" or not has_rows(operation.inputs[4]):
+    if operation.type != "StridedSliceGrad" or not operation.inputs[4].shape.rank:
         return None
-    whole = _shape_in(operation.inputs[0])
-    begin, end, strides = map(tf.get_static_value, operation.inputs[1:4])
-    if whole is None or any(t is None for t in (begin, end, strides)):
+    sizes = _shape_in(operation.inputs[0])
+    spec = list(map(tf.get_static_value, operation.inputs[1:4]))
+    if sizes is None or any(t is None for t in spec):
         return None
     masks = {
         name: operation.get_attr(f"{name}_mask")
         for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
     }
-    last = len(begin) - 1
-    simple = not masks["new_axis"] and not masks["shrink_axis"] and (strides == 1).all()
-    for i in range(last):
-        all_of_it = masks["begin"] >> i & 1 and masks["end"] >> i & 1
-        simple = simple and (all_of_it or masks["ellipsis"] >> i & 1)
-    if not simple or masks["ellipsis"] >> last & 1:
+    if masks["new_axis"]:
         return None
-    if not masks["ellipsis"] and len(begin) != len(whole):
+    found, axis = [], 0
+    for i, (begin, end, stride) in enumerate(zip(*map(list, spec), strict=True)):
+        if masks["ellipsis"] >> i & 1:
+            axis += len(sizes) - len(spec[0]) + 1
+            continue
+        if masks["shrink_axis"] >> i & 1:
+            found.append((axis, int(begin), int(begin) + 1 or None, True))
+        elif stride != 1:
+            return None
+        else:
+            begin = None if masks["begin"] >> i & 1 else int(begin)
+            end = None if masks["end"] >> i & 1 else int(end)
+            if (begin, end) != (None, None):
+                found.append((axis, begin, end, False))
+        axis += 1
+    if len(found) != 1 or sizes[found[0][0]] is None:
         return None
-    taken = slice(
-        None if masks["begin"] >> last & 1 else int(begin[last]),
-        None if masks["end"] >> last & 1 else int(end[last]),
-    )
-    first, after, _ = taken.indices(whole[-1])
-    return first, after, whole[-1], operation.inputs[4]
+    axis, begin, end, is_number = found[0]
+    begin, end, _ = slice(begin, end).indices(sizes[axis])
+    rank, of = len(sizes), operation.inputs[4]
+    return _Part(begin, end, sizes[axis], axis, rank, is_number, of, tensor)
