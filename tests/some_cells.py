@@ -233,7 +233,8 @@ def integers_inside(self, x, h):
 
 @cell()
 def asserts(self, x, h):
-    tf.debugging.assert_all_finite(h, "the state is not finite")
+    tf.debugging.assert_less(x, 9 * tf.ones_like(x), "an input is too large")
+    h = tf.debugging.assert_all_finite(h, "a state is not finite")
     return ops.tanh(x @ self.W + h @ self.U + self.b)
 
 

@@ -67,10 +67,13 @@ class _Parts:
         part = trace.graph.part
         self.weights = part(trace.weights, trace.inputs)
         half = trace.before[0].dtype.size == 2
-        self.project = part(drive, (trace.x, *noise_and_weights), is_wide)
-        self.step = part(
-            (*trace.after, *saved), (*drive, *trace.before, *noise_and_weights), is_wide
-        )
+        # What asserts of inputs or states does so where they are known first.
+        given = (trace.x, *noise_and_weights)
+        known = trace.graph.effects(given)
+        self.project = part(drive, given, is_wide, known)
+        given = (*drive, *trace.before, *noise_and_weights)
+        effects = [op for op in trace.graph.effects(given) if op not in known]
+        self.step = part((*trace.after, *saved), given, is_wide, effects)
         self.step_back = part(
             (*self.d_before, *deltas),
             (*point, *trace.adjoints, *noise_and_weights),

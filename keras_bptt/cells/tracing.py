@@ -34,7 +34,7 @@ class Trace(NamedTuple):
         graph: as it can be run in parts.
         x, before, noise: the step's arguments, which have rows.
         inputs: all else that it reads: variables, and tensors from outside.
-        sources: of each of `inputs` what it is outside: a tensor or a variable.
+        sources: of each of `inputs` what it is outside; see `value_outside`.
         after: the states after the step and, where it is none of them, the output.
         output: which of `after` the output is.
         weights: what depends on `inputs` alone and meets rows.
@@ -103,13 +103,15 @@ def trace(name, step, x, before, noise, variables):
 
     def whole(*arguments):
         graph = tf.compat.v1.get_default_graph()
-        output, after = _inlined(step, arguments)
-        found.update(_derivative(name, graph, arguments, variables, output, after))
+        with tf.GradientTape() as tape:  # which notes the variables that are read
+            output, after = _inlined(step, arguments)
+        watched = tape.watched_variables()
+        given = arguments, variables, watched
+        found.update(_derivative(name, graph, *given, output, after))
 
     values = [tf.TensorSpec(value.shape, value.dtype) for value, _ in variables]
     function = tf.function(whole, autograph=False)
     graph = function.get_concrete_function(x, before, noise, values).graph
-    _refuse_effects(name, graph)
     return Trace(Traced(graph), **found)
 
 
@@ -130,11 +132,12 @@ def _inlined(step, arguments):
         tf.config.run_functions_eagerly(before)
 
 
-def _derivative(name, graph, arguments, variables, output, after):
+def _derivative(name, graph, arguments, variables, watched, output, after):
     """The rest of the graph, and the fields of its `Trace`."""
     x, before, noise, values = arguments
+    _refuse_effects(name, graph)
     after, place = _with_output(name, before, output, after)
-    inputs = _inputs(name, graph, values, variables)
+    inputs = _inputs(name, graph, values, variables, watched)
     leaves = (
         {x.name: X} | {t.name: NOISE for t in noise} | {t.name: STATE for t in before}
     )
@@ -237,41 +240,50 @@ def _with_output(name, before, output, after):
     return [*after, output], len(after)
 
 
-def _inputs(name, graph, values, variables):
+def _inputs(name, graph, values, variables, watched):
     """(tensor, what it is outside, whether it has a gradient) of all that has no rows."""
     found = [(t, *given) for t, given in zip(values, variables, strict=True)]
-    of_handles = {id(v.handle): v for v in graph.variables}
+    of_handles = {id(variable.handle): variable for variable in watched}
     handles = {}
     for outer, inner in graph.captures:
         if inner.dtype == tf.resource:
-            handles[inner.name] = of_handles.get(id(outer))
+            handles[inner.name] = outer
         elif inner.dtype in _NO_NUMBERS:
             raise ValueError(
                 f"The step of {name} must read tensors of numbers and variables. Received: "
                 f"one that reads a tensor of type {inner.dtype.name} from outside."
             )
+        elif not inner.shape.is_fully_defined():
+            raise ValueError(
+                f"The step of {name} must read nothing from outside but weights and "
+                "tensors of a known shape, the same for every example. Received: one that "
+                f"reads a tensor of shape {inner.shape}. Concatenate to the inputs, or "
+                "make a state of, what belongs to an example."
+            )
         else:
             found.append((inner, outer, inner.dtype.is_floating))
-            if not inner.shape.is_fully_defined():
-                raise ValueError(
-                    f"The step of {name} must read nothing from outside but weights and "
-                    "tensors of a known shape, the same for every example. Received: one "
-                    f"that reads a tensor of shape {inner.shape}. Concatenate to the "
-                    "inputs, or make a state of, what belongs to an example."
-                )
     for operation in graph.get_operations():
         for tensor in operation.inputs:
             if tensor.name not in handles:
                 continue
-            variable = handles[tensor.name]
-            if operation.type != "ReadVariableOp" or variable is None:
+            if operation.type != "ReadVariableOp":
                 raise ValueError(
                     f"The step of {name} must read variables itself. Received: one that "
                     f"reads a variable within {operation.name} ({operation.type}). Read it "
                     "before, or take @tf.function away from what the step calls."
                 )
-            found.append((operation.outputs[0], variable, variable.trainable))
+            read, handle = operation.outputs[0], handles[tensor.name]
+            variable = of_handles.get(id(handle))
+            outside = (handle, read.dtype) if variable is None else variable
+            found.append((read, outside, variable is not None))
     return found
+
+
+def value_outside(source):
+    """The tensor that one of the `sources` of a trace is, outside of the step."""
+    if isinstance(source, tuple):
+        return tf.raw_ops.ReadVariableOp(resource=source[0], dtype=source[1])
+    return tf.convert_to_tensor(source)
 
 
 def _ways_to(outputs):
@@ -345,12 +357,17 @@ def _refuse_effects(name, graph):
         ):
             raise ValueError(updates(name, where))
         if "Random" in kind or kind in ("Multinomial", "RngReadAndSkip"):
-            raise ValueError(
-                f"The step of {name} must not draw random numbers: each step would need "
-                f"its own, drawn again on the way back. Received: one that does ({where})."
-                " Use keras.layers.RNN(cell), or dropout factors for all steps, as "
-                "keras.layers.LSTMCell has them."
-            )
+            raise ValueError(draws(name, where))
+
+
+def draws(name, where):
+    """What to say of a step that draws random numbers."""
+    return (
+        f"The step of {name} must not draw random numbers: each step would need its own, "
+        f"drawn again on the way back. Received: one that does ({where}). Use "
+        "keras.layers.RNN(cell), or dropout factors for all steps, as "
+        "keras.layers.LSTMCell has them."
+    )
 
 
 def updates(name, where):

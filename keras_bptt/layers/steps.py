@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.cells.derived import derived
-from keras_bptt.cells.tracing import trace, updates
+from keras_bptt.cells.tracing import draws, trace, updates, value_outside
 from keras_bptt.layers.weights import uncast
 
 
@@ -52,7 +52,7 @@ def step_of(cell, x, states, training):
         [(t, v.trainable) for t, v in zip(values, variables, strict=True)],
     )
     known = derived(_name(cell), traced)
-    return known, known.weights_from(map(tf.convert_to_tensor, traced.sources)), noise
+    return known, known.weights_from(map(value_outside, traced.sources)), noise
 
 
 def _called(call, variables, x, before, noise, values):
@@ -70,7 +70,10 @@ def _called(call, variables, x, before, noise, values):
         output, after = (cell if callable(cell) else cell.call)(x, states, **given)
     for variable, value in zip(variables, known, strict=True):
         if scope.get_current_value(variable) is not value:
-            raise ValueError(updates(_name(cell), variable.path))
+            is_seed = variable.name == "seed_generator_state"
+            raise ValueError(
+                (draws if is_seed else updates)(_name(cell), variable.path)
+            )
     return output, keras.tree.flatten(after)
 
 

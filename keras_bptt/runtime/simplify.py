@@ -88,6 +88,12 @@ class _Rewriting:
 
     # --- One for each type of operation
 
+    def _readvariableop(self, operation):
+        """A leaf like any other; its shape is that of the variable, which is left out."""
+        node, read = self.by_name[operation.name], operation.outputs[0]
+        self._set(node, "Placeholder", [], dtype=read.dtype)
+        node.attr["shape"].shape.CopyFrom(read.shape.as_proto())
+
     def _identity(self, operation):
         self._rename(operation.outputs[0], operation.inputs[0].name)
 

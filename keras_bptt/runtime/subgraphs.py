@@ -9,6 +9,7 @@ of such a tensor is often its shape alone, and then the tensor itself is neither
 nor kept: `Traced.sized` are the operations that need no more than the number of rows.
 """
 
+import contextlib
 import functools
 import hashlib
 
@@ -17,6 +18,8 @@ import tensorflow as tf
 
 from keras_bptt.runtime.tensors import wide
 
+# A conditional that has a state is one around an assertion.
+_EFFECTS = {"Assert", "CheckNumerics", "If", "PrintV2"}
 # What these operations return, their input's shape tells.
 _OF_SHAPE = {"Shape", "ShapeN", "ZerosLike", "OnesLike"}
 # Attributes that say where an operation was made, not what it does: colocation; the custom
@@ -80,23 +83,40 @@ class Traced:
         digest.update(repr(marks).encode())
         return digest.hexdigest()
 
-    def part(self, outputs, inputs, widened=False):
+    def part(self, outputs, inputs, widened=False, effects=()):
         """The part that computes `outputs` from `inputs`, which are tensors of the graph.
 
         Args:
             widened: compute what is of half precision in float32.
+            effects: operations that are to run too, such as assertions.
         """
-        return Part(self, tuple(outputs), tuple(inputs), widened)
+        return Part(self, tuple(outputs), tuple(inputs), widened, tuple(effects))
+
+    def effects(self, inputs):
+        """The assertions and prints that can run where these tensors are known."""
+        given = {t.name for t in inputs}
+        found = []
+        for operation in self.operations:
+            if operation.type in _EFFECTS:
+                wanted = [t for t in operation.inputs if t.name not in given]
+                with contextlib.suppress(LookupError):
+                    _needed(self, wanted, given)
+                    found.append(operation)
+        return found
 
 
 class Part:
     """A function of tensors: see `Traced.part`. It raises where it lacks an input."""
 
-    def __init__(self, traced, outputs, inputs, widened):
+    def __init__(self, traced, outputs, inputs, widened, effects):
         self.outputs, self.inputs = outputs, inputs
         given = {t.name for t in inputs}
         found = {t.name for t in outputs} & given
-        self.operations, self._sized = _needed(traced, outputs, given)
+        read = [t for operation in effects for t in operation.inputs]
+        self.operations, self._sized = _needed(traced, [*outputs, *read], given)
+        known = {operation.name for operation in self.operations}
+        self.operations += [op for op in effects if op.name not in known]
+        self._effects = [operation.name for operation in effects]
         self._wanted = [t.name for t in outputs if t.name not in found]
         self._definition = tf.compat.v1.GraphDef()
         self._definition.versions.CopyFrom(traced.graph.as_graph_def().versions)
@@ -121,7 +141,7 @@ class Part:
 
     def __call__(self, values):
         """The outputs, from the values of the inputs."""
-        if not self._wanted:
+        if not self.operations and not self._sized:
             given = dict(zip((t.name for t in self.inputs), values, strict=True))
             return [given[t.name] for t in self.outputs]
         given = [
@@ -155,10 +175,14 @@ class Part:
         found = tf.graph_util.import_graph_def(
             self._definition,
             input_map={name: t for name, t in known.items() if name in used},
-            return_elements=[n for n in self._wanted if n not in known],
+            return_elements=[
+                *self._effects,
+                *(n for n in self._wanted if n not in known),
+            ],
             name="",
         )
-        found = iter(found)
+        number = len(self._effects)
+        found, effects = iter(found[number:]), found[:number]
         results = []
         for output, of_rows in zip(self.outputs, self._have_rows, strict=True):
             name = output.name
@@ -168,7 +192,10 @@ class Part:
             elif output.shape.rank is not None:
                 result = tf.ensure_shape(result, output.shape)
             results.append(result)
-        return results
+        if not effects:
+            return results
+        with tf.control_dependencies(effects):
+            return [tf.identity(result) for result in results]
 
 
 def in_order(graph):
