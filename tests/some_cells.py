@@ -81,7 +81,9 @@ def leaky(self, x, h):
 @cell(H, H, W=(D, H), U=(H, H), V=(H, H), b=(H,))
 def oscillators(self, x, y, z):
     """coRNN: a second-order equation, two states."""
-    z = z + 0.3 * (ops.tanh(x @ self.W + y @ self.U + z @ self.V + self.b) - y - 0.5 * z)
+    z = z + 0.3 * (
+        ops.tanh(x @ self.W + y @ self.U + z @ self.V + self.b) - y - 0.5 * z
+    )
     y = y + 0.3 * z
     return y, y, z
 
