@@ -6,6 +6,8 @@ steps. What is sequential alone runs step by step, in a loop that XLA may compil
 of the batch at the same time.
 """
 
+import math
+
 from keras_bptt.engine.blocks import (
     blocks_of,
     checkpoint_blocks,
@@ -65,9 +67,11 @@ def forward_of_part(options, weights, output_layer, constants, x, states):
     # output layer it has the drive and the states of all steps at a time.
     plain = stacked and options.unroll == 1 and not options.jit_compile
     copied = blocks.in_loop or output_layer or not options.return_sequences
-    if every is None and (plain or not copied):
-        # One piece, which need not be copied; without an output layer the drive takes no
-        # more than the outputs do.
+    outputs_of_row = cell.shapes(weights).states[cell.output]
+    small = cell.cost(weights).numbers <= math.prod(outputs_of_row)
+    if every is None and (plain or (small and not copied)):
+        # One piece, which need not be copied, where the drive takes no more than the
+        # outputs do.
         blocks = blocks.in_one()
     fill, inputs, real = filler(x, mask), continued(x, blocks), padded(mask, blocks)
     along_time = mapped(lambda t: t[:, None], noise)

@@ -227,9 +227,7 @@ def test_mixed_precision(name, policy):
     for key, array in expected.items():
         of_weights = key.startswith("d_") and key[2].isdigit()
         assert got[key].dtype == (np.float32 if of_weights else half), key
-        assert (
-            relative_error(got[key], array) < 40 * np.finfo(half.as_numpy_dtype).eps
-        ), key
+        assert relative_error(got[key], array) < 40 * EPS[policy], key
 
 
 @pytest.mark.slow
