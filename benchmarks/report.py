@@ -17,6 +17,7 @@ import pathlib
 import platform
 import re
 
+import any_cell
 import checkpointing
 import compilation
 import fit_and_predict
@@ -90,9 +91,16 @@ def output_layers(quick):
     return checkpointing.output_layer(Case(4, 100, 2, 8), names, 1)
 
 
+def any_cells(quick):
+    if quick:
+        return any_cell.run(0, ["layer norm"], [(4, 20, 3, 8)])
+    return any_cell.run(6)
+
+
 # What runs, how its table is written, how its plot is drawn.
 BENCHMARKS = {
     "training_step": (training_steps, training_step.table, training_step.plot),
+    "any_cell": (any_cells, any_cell.table, None),
     "fit_and_predict": (fits, fit_and_predict.table, None),
     "many_lengths": (lengths, compilation.table_of_lengths, None),
     "break_even": (break_evens, compilation.table_of_break_even, None),

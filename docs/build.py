@@ -93,11 +93,17 @@ def main(folder=ROOT):
     draw_readme.draw_all(folder / "docs/performance")
     write_api.write(folder / "docs")
     filled = importlib.import_module("pages").filled
-    for name, place, text in (
-        ("examples/README.md", "kinds", table_of_kinds()),
-        ("README.md", "at_a_glance", draw_readme.sentences()),
-    ):
-        page = filled((ROOT / name).read_text(), place, text)
+    any_cell = (ROOT / "docs/performance/any_cell.md").read_text().rstrip()
+    for name, places in {
+        "examples/README.md": {"kinds": table_of_kinds()},
+        "README.md": {
+            "at_a_glance": draw_readme.sentences(),
+            "any_cell": any_cell,
+        },
+    }.items():
+        page = (ROOT / name).read_text()
+        for place, text in places.items():
+            page = filled(page, place, text)
         (folder / name).write_text(page)
 
 

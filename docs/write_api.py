@@ -16,7 +16,7 @@ from griffe2md import render_object_docs
 FOLDER = pathlib.Path(__file__).parent
 # What a user needs first comes first.
 PARTS = {
-    "The layer": ["BPTTRNN", "Truncation", "RandomizedTruncation", "convert"],
+    "The layers": ["BPTTRNN", "BPTT", "Truncation", "RandomizedTruncation", "convert"],
     "The gradient flow": [
         "flow.gradient_flow.gradient_flow",
         "GradientFlow",

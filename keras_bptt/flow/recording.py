@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.engine.recurrence import recurrence
+from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.layers.observing import observed
 from keras_bptt.runtime.tensors import mapped
 
@@ -31,6 +32,10 @@ class Recorder:
         self.calls, self.seen = [], []
 
     def __call__(self, layer, options, constants, arguments):
+        if not isinstance(
+            layer, BPTTRNN
+        ):  # what of another cell there is to show is open
+            return recurrence(options, constants, arguments)
         self.seen.append(layer.name)
         if not self.wanted(layer):
             return recurrence(options, constants, arguments)

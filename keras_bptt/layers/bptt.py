@@ -12,7 +12,129 @@ from keras_bptt.layers.steps import step_of
 
 @keras.saving.register_keras_serializable(package="keras_bptt")
 class BPTT(ExplicitLoop, keras.layers.RNN):
-    """todo"""
+    """A recurrent layer around any cell, whose gradient is explicit.
+
+    Use it wherever `keras.layers.RNN` stands: it takes the same cells and arguments, has
+    the same weights and gives the same outputs and gradients. From the one step that the
+    cell's `call` computes, the layer compiles backpropagation through time: what has to be
+    done step by step runs in two loops, all else as large products over many steps. It also
+    has what `BPTTRNN` has: truncation, checkpoints, clipping inside the recursion, an
+    output layer, derivatives of every order. For the plain RNN take `BPTTRNN`, whose
+    gradient is written out.
+
+    Forward, for t = 1 ... T, with s_t the states after step t, y_t its output and w the
+    weights that the step reads:
+
+        y_t, s_t = cell(x_t, s_{t-1}; w)
+
+    Backward, for t = T ... 1, with e_t = dL/ds_t through y_t and the returned states alone
+    (the cotangent), J_t = ds_t / ds_{t-1}, and a_{T+1} = 0:
+
+        a_t   = e_t + J_{t+1}^T a_{t+1}              the adjoint, dL/ds_t in full
+        dL/dw = sum_t (ds_t / dw)^T a_t
+        dL/dx_t = (ds_t / dx_t)^T a_t                dL/ds_0 = J_1^T a_1
+
+    The step and its vector-Jacobian product are traced once, as one graph, and divided by
+    what its tensors depend on:
+
+        project    on x alone             for all steps at once
+        step       on the states too      step by step
+        step_back  on a, towards s        step by step, from the last one
+        gradients  on a, towards x and w  for all steps at once
+
+    Between the two passes the states are kept, and what of a step costs much (a product, a
+    tanh); the choice is a smallest cut of the graph. Of `keras.layers.LSTMCell` that is the
+    activated gates, 4 numbers a unit; one delta leads to one product for each weight, as it
+    is written by hand. `layer.plan()` says what was found of a cell. Gradients of weights
+    are added in float32 at least.
+
+    The first call of a cell traces it, tries it with random numbers, and compiles the
+    loops: one to three seconds, once for all cells that compute the same. An eager call
+    traces the step again (some hundredths of a second), so that a changed attribute of the
+    cell is seen; a `tf.function` goes on with what it has traced.
+
+    Args:
+        cell: A cell as `keras.layers.RNN` takes it, a list of them, or a
+            `keras.layers.StackedRNNCells`: a layer whose `call(inputs, states)` returns
+            the output and the states after it, with `state_size`. States may have any
+            number and shape, and the output need not be one of them. Its `call` may hold
+            what a `tf.function` may hold. It must treat each example alone, change no
+            variable and draw no random numbers; dropout factors as `keras.layers.LSTMCell`
+            has them, the same for all steps, are drawn as Keras draws them. In a step a
+            loop of its own is computed again for the way back, and not compiled.
+        **kwargs: Every other argument of `keras.layers.RNN`, with the same place, meaning
+            and default: `return_sequences`, `return_state`, `go_backwards`, `stateful`,
+            `zero_output_for_mask`, `name`, `dtype`. And `unroll`, which may also be a
+            positive integer, as in `BPTTRNN`.
+        truncation, checkpoint_every, adjoint_clipnorm, adjoint_max_growth, jit_compile: As
+            in `BPTTRNN`. a_t of the two clips is the adjoint of all states that a step
+            reads. With a stack of cells it is that of all their states.
+        output_units, output_activation: As in `BPTTRNN`. The kernel and bias of the output
+            layer have the initializers, regularizers and constraints of the cell where it
+            has some, else those of `keras.layers.Dense`. The outputs of the cell must be
+            (batch, units).
+
+    Call arguments:
+        sequences: The inputs, (batch, timesteps, ...), of whatever the cell takes. Integers
+            stay integers.
+        initial_state: The states, as the cell takes them. Default: what its
+            `get_initial_state` returns, else zeros, or the last ones where the layer is
+            `stateful`.
+        mask: Boolean (batch, timesteps), False at steps to skip: states and output stay.
+        training: Passed to the cell. Where true, the states are kept for a gradient and, by
+            default, the loops are compiled.
+
+    Input shape:
+        (batch, timesteps, ...). `timesteps` and `batch` may vary from call to call.
+
+    Output shape:
+        - With `return_sequences`: (batch, timesteps, ...), else (batch, ...).
+        - With `return_state`: that, and the last states.
+
+    Raises:
+        ValueError: at the first trace, for a cell that mixes the examples of a batch, whose
+            numbers depend on how many there are, that changes a variable, draws random
+            numbers, holds a py_function, or returns states of another shape or dtype than
+            it takes; and as `BPTTRNN` does, for arguments out of their range.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> @keras.saving.register_keras_serializable("docs")
+    ... class LeakyCell(keras.layers.Layer):
+    ...     '''A rate network whose time constants are learned.'''
+    ...
+    ...     def __init__(self, units, **kwargs):
+    ...         super().__init__(**kwargs)
+    ...         self.units = self.state_size = units
+    ...
+    ...     def build(self, shape):
+    ...         self.W = self.add_weight(shape=(shape[-1], self.units))
+    ...         self.U = self.add_weight(shape=(self.units, self.units))
+    ...         self.tau = self.add_weight(shape=(self.units,))
+    ...
+    ...     def call(self, x, states):
+    ...         leak = keras.ops.sigmoid(self.tau)
+    ...         z = keras.ops.tanh(x @ self.W + states[0] @ self.U)
+    ...         h = (1 - leak) * states[0] + leak * z
+    ...         return h, [h]
+    ...
+    ...     def get_config(self):
+    ...         return super().get_config() | {"units": self.units}
+    >>> layer = BPTT(LeakyCell(4, name="leaky"), return_sequences=True, truncation=20)
+    >>> layer(np.ones((2, 100, 3), "float32")).shape
+    TensorShape([2, 100, 4])
+    >>> layer.plan().saved  # of a step, beside its state
+    4
+
+    References:
+        - Werbos, Backpropagation through time: what it does and how to do it, 1990.
+        - Bergstra et al., Theano: a CPU and GPU math compiler in Python, 2010, whose scan
+          moves products out of loops.
+        - Appleyard, Kocisky & Blunsom, Optimizing performance of recurrent neural networks
+          on GPUs, 2016 (arXiv 1604.01946): one product over all steps.
+    """
 
     def __init__(
         self,

@@ -4,21 +4,20 @@ import keras
 
 from keras_bptt.layers.weights import stored
 
+# What it takes of the cell, where the cell has it.
+SHARED = ("use_bias", "kernel_initializer", "bias_initializer")
+SHARED += ("kernel_regularizer", "bias_regularizer")
+SHARED += ("kernel_constraint", "bias_constraint")
+
 
 def output_layer(cell, units, activation, dtype):
     """A Dense with the initializers, regularizers, constraints and bias of the cell."""
+    shared = {name: getattr(cell, name) for name in SHARED if hasattr(cell, name)}
+    for name in ("kernel_initializer", "bias_initializer"):
+        if name in shared:
+            shared[name] = _another(shared[name])
     return keras.layers.Dense(
-        units,
-        activation=activation,
-        use_bias=cell.use_bias,
-        kernel_initializer=_another(cell.kernel_initializer),
-        bias_initializer=_another(cell.bias_initializer),
-        kernel_regularizer=cell.kernel_regularizer,
-        bias_regularizer=cell.bias_regularizer,
-        kernel_constraint=cell.kernel_constraint,
-        bias_constraint=cell.bias_constraint,
-        dtype=dtype,
-        name="output",
+        units, activation=activation, dtype=dtype, name="output", **shared
     )
 
 
