@@ -115,7 +115,7 @@ def gradient_flow(
     def wanted(found):
         return layer is None or found is layer or found.name == layer
 
-    done = run(model, x, function, wanted, training)
+    done = run(model, x, function, wanted, BPTTRNN, training)
     if not done.calls:
         raise ValueError(nothing_found(model, layer, done.seen, BPTTRNN))
     numbers = _numbers(done, scale, loss_steps)

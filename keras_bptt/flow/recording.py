@@ -9,7 +9,6 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.engine.recurrence import recurrence
-from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.layers.observing import observed
 from keras_bptt.runtime.tensors import mapped
 
@@ -27,14 +26,12 @@ class Call(NamedTuple):
 class Recorder:
     """Keeps the recurrences of the layers that are wanted, and watches their outputs."""
 
-    def __init__(self, tape, wanted):
-        self.tape, self.wanted = tape, wanted
+    def __init__(self, tape, wanted, measurable):
+        self.tape, self.wanted, self.measurable = tape, wanted, measurable
         self.calls, self.seen = [], []
 
     def __call__(self, layer, options, constants, arguments):
-        if not isinstance(
-            layer, BPTTRNN
-        ):  # what of another cell there is to show is open
+        if not isinstance(layer, self.measurable):
             return recurrence(options, constants, arguments)
         self.seen.append(layer.name)
         if not self.wanted(layer):
@@ -75,8 +72,8 @@ class Run(NamedTuple):
         )
 
 
-def run(model, x, loss, wanted, training):
-    """Run the model and `loss(y_pred)`.
+def run(model, x, loss, wanted, measurable, training):
+    """Run the model and `loss(y_pred)`; observe layers of the class that is measurable.
 
     The state of the model stays as it is: what stateful layers, batch normalisation, seeds
     and metrics would assign goes to the scope, and with it.
@@ -85,7 +82,7 @@ def run(model, x, loss, wanted, training):
     # Of the outputs of these layers alone: what lies before them needs no gradient.
     tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
     with tape, scope:
-        recorder = Recorder(tape, wanted)
+        recorder = Recorder(tape, wanted, measurable)
         with observed(recorder):
             value = tf.convert_to_tensor(loss(model(x, training=training)))
     return Run(recorder.calls, recorder.seen, float(tf.reduce_sum(value)), tape, value)

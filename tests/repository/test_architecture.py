@@ -10,7 +10,8 @@ import keras
 import pytest
 
 import keras_bptt
-from keras_bptt import BPTTRNN
+from keras_bptt import BPTT, BPTTRNN
+from keras_bptt.layers.explicit_loop import ExplicitLoop
 
 PACKAGE = pathlib.Path(keras_bptt.__file__).parent
 
@@ -100,13 +101,13 @@ def test_no_chain_of_imports_is_long():
 def test_imports_are_seen():
     """The tests above would notice: these modules do import each other."""
     assert own_imports("engine.recurrence") >= {"engine.forward", "runtime.explicit"}
-    assert own_imports("layers.bptt_rnn") >= {"engine.options", "cells.simple_rnn"}
+    assert own_imports("layers.bptt_rnn") >= {"layers.weights", "cells.simple_rnn"}
     assert len(chain("callbacks")) > 5
 
 
 def test_it_is_not_far_from_a_layer_to_its_equation():
     """The modules whose functions call each other on the way, from the layer to a step."""
-    way = ["layers.bptt_rnn", "engine.recurrence", "engine.forward", "engine.states"]
+    way = "layers.explicit_loop engine.recurrence engine.forward engine.states".split()
     layer = BPTTRNN(2, return_sequences=True, jit_compile=False, unroll=True)
     seen = []
 
@@ -171,9 +172,13 @@ def test_signature_begins_with_that_of_simplernn():
     assert [p.kind for p in ours[len(theirs) :]][-1] is inspect.Parameter.VAR_KEYWORD
 
 
-def test_editors_see_the_same_arguments():
+@pytest.mark.parametrize(
+    ("layer", "module", "first"),
+    [(BPTTRNN, "bptt_rnn", 1), (BPTT, "bptt", keras.layers.GRUCell(1))],
+)
+def test_editors_see_the_same_arguments(layer, module, first):
     """What the stub writes out for them is what the layer takes, in its order."""
-    stub = ast.parse((PACKAGE / "layers" / "bptt_rnn.pyi").read_text(encoding="utf-8"))
+    stub = ast.parse((PACKAGE / "layers" / f"{module}.pyi").read_text(encoding="utf-8"))
     (init,) = (n for n in ast.walk(stub) if getattr(n, "name", None) == "__init__")
     theirs = init.args.args[1:]
     defaults = dict(zip(reversed(theirs), reversed(init.args.defaults), strict=False))
@@ -183,15 +188,18 @@ def test_editors_see_the_same_arguments():
         for argument, default in (defaults | keywords).items()
     }
     empty, rest = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
-    taken = inspect.signature(BPTTRNN).parameters.values()
+    taken = inspect.signature(layer).parameters.values()
     known = {p.name: p.default for p in taken if p.kind is not rest}
-    assert known.pop("units") is empty
+    required = theirs[0].arg
+    assert known.pop(required) is empty
     # Of a Keras that has got another argument, the stub says nothing.
-    assert [p.arg for p in theirs] == ["units", *known][: len(theirs)]
+    assert [p.arg for p in theirs] == [required, *known][: len(theirs)]
     passed_on = {"zero_output_for_mask": False, "name": None, "dtype": None}
     for name, default in (passed_on | {"trainable": True}).items():
-        assert written.pop(name) == default
-        BPTTRNN(1, **{name: default})
+        assert written[name] == default
+        layer(first, **{name: default})
+        if name not in known:
+            del written[name]
     assert written == {name: known[name] for name in written}
     own = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
     assert own == [name for name in written if name not in {p.arg for p in theirs}]
@@ -204,9 +212,12 @@ def test_arguments_keep_their_places():
     assert ours == keras.layers.SimpleRNN(*values, name="rnn").get_config()
 
 
-def test_the_layer_is_a_simplernn_with_its_own_loop():
-    """And with that alone: all else of SimpleRNN's computation stays the host's."""
-    assert issubclass(BPTTRNN, keras.layers.SimpleRNN)
-    assert "inner_loop" in vars(BPTTRNN)
-    parents = inspect.getsource(BPTTRNN.inner_loop)
+@pytest.mark.parametrize(
+    ("layer", "host"),
+    [(BPTTRNN, keras.layers.SimpleRNN), (BPTT, keras.layers.RNN)],
+)
+def test_a_layer_is_its_host_with_another_loop(layer, host):
+    """And with that alone: all else of the host's computation stays the host's."""
+    assert issubclass(layer, host) and layer.inner_loop is ExplicitLoop.inner_loop
+    parents = inspect.getsource(layer.inner_loop)
     assert "super()" not in parents, "a fall-back to the parent's loop is silent"
