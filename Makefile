@@ -64,7 +64,7 @@ test-slow: $(VENV)/.installed-test  ## Run the tests that take long (hours; PART
 
 # Of the layer and its truncation the tests in which tf.function calls it, as `fit` does, and
 # all of exports and `convert`: make test-oldest TESTS='$(CORE)'
-CORE := $(addprefix tests/layers/test_,contract.py saving.py convert.py) \
+CORE := $(addprefix tests/layers/test_,bptt.py contract.py saving.py convert.py) \
 	-k "graph or saving or convert"
 
 test-oldest:  ## Run the tests with the oldest Python, TensorFlow and Keras of setup.cfg

@@ -56,6 +56,11 @@ class Break(NamedTuple):
 # --- What a function is changed to
 
 
+def turned(tensors):
+    """Each with its steps in the other order."""
+    return tuple(tf.reverse(t, [0]) for t in tensors)
+
+
 def takes(change=None, **fixed):
     """A change: the function takes other arguments.
 
@@ -292,6 +297,7 @@ def in_half(left, right):
 
 CELL = "cells.simple_rnn.SimpleRNN."
 ADJOINTS = "engine.adjoints."
+DERIVED = "cells.derived."
 BACKWARD = "engine.backward."
 COMPOSED = "engine.composed."
 EXPLICIT = "runtime.explicit."
@@ -510,5 +516,28 @@ BREAKS = {
     ),
     "sums of blocks in half precision": Break(
         "half precision, blocks", BACKWARD + "walk", takes(rounded_sums)
+    ),
+    # Cells compiled from one step.
+    "a weight without a gradient": Break(
+        "any cell",
+        DERIVED + "Derived.weights_from",
+        gives(lambda weights: [tf.stop_gradient(weights[0]), *weights[1:]]),
+    ),
+    "adjoints of a compiled cell too small": Break(
+        "any cell",
+        DERIVED + "Derived.step_back",
+        gives(lambda found: (mapped(lambda a: 0.9 * a, found[0]), found[1])),
+    ),
+    "deltas of a compiled cell in another order": Break(
+        "any cell",
+        DERIVED + "Derived.gradients",
+        takes(
+            lambda self, w, x, point, d, *rest: (self, w, x, point, turned(d), *rest)
+        ),
+    ),
+    "factors of another example": Break(
+        "any cell, dropout",
+        DERIVED + "_Lead.spread",
+        gives(lambda factors: tf.roll(factors, 1, 0)),
     ),
 }

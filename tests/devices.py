@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt import (
+    BPTT,
     BPTTRNN,
     AdaptiveTruncation,
     GradientFlowLogger,
@@ -31,7 +32,14 @@ WINDOWS = {"truncation": Truncation(3, stride=2), "checkpoint_every": 2}
 STATEFUL = {"return_sequences": True, "stateful": True}
 
 # What `fit` trains: a layer class, its options, what else the model is made of.
+
+
+def any_cell(units, **options):
+    return BPTT(keras.layers.LSTMCell(units), **options)
+
+
 CASES = {
+    "any cell": (any_cell, {"return_sequences": True, "truncation": 3}, {}),
     "full": (BPTTRNN, {"return_sequences": True}, {}),
     "all at once": (BPTTRNN, {**WINDOWS, "output_units": 3}, {"mask": True}),
     "clipping": (BPTTRNN, {"adjoint_clipnorm": 1e-3}, {}),

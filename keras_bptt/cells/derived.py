@@ -265,7 +265,7 @@ def derived(name, trace: Trace) -> Derived:
     inner = [trace.x, *trace.before, *trace.noise, *trace.inputs, *trace.adjoints]
     outer = [*trace.after, trace.d_x, *trace.d_before, *trace.d_weights]
     marks = [inner, [t for t in outer if t is not None], trace.read]
-    key = trace.graph.fingerprint(*marks)
+    key = f"{trace.graph.fingerprint(*marks)} {trace.output} {trace.trained}"
     return _known(key, _Given(trace, name))
 
 

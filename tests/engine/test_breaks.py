@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import test_bptt
 import test_clipping
 import test_explicit
 import test_general_cells
@@ -93,6 +94,8 @@ CHECKS = {
     "gathered": call(
         test_half_precision.test_an_example_that_is_taken_many_times, "eager"
     ),
+    "any cell": call(test_bptt.check, "weight_norm", mask=test_bptt.MASK),
+    "any cell, dropout": call(test_bptt.check_dropout, test_bptt.DROPPING["a stack"]),
     "half precision": call(check_half, 2**20),
     "half precision, blocks": call(check_half, 1),
 }

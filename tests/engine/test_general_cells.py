@@ -686,7 +686,7 @@ def test_parts_of_the_batch(case, mode, monkeypatch):
             itertools.product(
                 ["float32", "float16", "bfloat16"],
                 ["driven", "matrix", "gelu"],
-                ["mask, last", "windows", "layer"],
+                ["mask, last", "windows", "layer, mask"],
             ),
             lambda *_: False,
         ),
