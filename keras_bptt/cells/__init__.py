@@ -3,4 +3,12 @@
 * `cell`: the contract, all that the engine knows of a cell.
 * `simple_rnn`: the plain RNN, written out.
 * `activations`: an activation and what a gradient needs of it.
+
+Any other cell is compiled from its step:
+
+* `tracing`: the step and its derivative as one graph.
+* `probing`: tries the graph with numbers.
+* `division`: what of the graph is computed where; `cuts`: what is kept for later.
+* `derived`: the parts, run as the contract wants them.
+* `plan`: what was found, in words.
 """

@@ -68,12 +68,12 @@ class _Parts:
         self.weights = part(trace.weights, trace.inputs)
         half = trace.before[0].dtype.size == 2
         # What asserts of inputs or states does so where they are known first.
-        given = (trace.x, *noise_and_weights)
-        known = trace.graph.effects(given)
-        self.project = part(drive, given, is_wide, known)
-        given = (*drive, *trace.before, *noise_and_weights)
-        effects = [op for op in trace.graph.effects(given) if op not in known]
-        self.step = part((*trace.after, *saved), given, is_wide, effects)
+        of_x = (trace.x, *noise_and_weights)
+        first = trace.graph.effects(of_x)
+        self.project = part(drive, of_x, is_wide, first)
+        of_states = (*drive, *trace.before, *noise_and_weights)
+        then = [op for op in trace.graph.effects(of_states) if op not in first]
+        self.step = part((*trace.after, *saved), of_states, is_wide, then)
         self.step_back = part(
             (*self.d_before, *deltas),
             (*point, *trace.adjoints, *noise_and_weights),

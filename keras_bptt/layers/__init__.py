@@ -1,7 +1,8 @@
 """What Keras sees: arguments, states, masks, dtypes. No derivative is computed here.
 
 * `bptt_rnn`: the layer `BPTTRNN`.
-* `bptt`: the layer `BPTT`, around any cell.
+* `bptt`: the layer `BPTT`, around any cell; `steps`: how it calls that cell.
+* `explicit_loop`: what both have in common, a loop over time that is the engine's.
 * `observing`: who else wants to see what a layer asks of the engine.
 """
 

@@ -16,7 +16,7 @@ import hashlib
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.runtime.tensors import wide
+from keras_bptt.runtime.tensors import wide, widened
 
 # A conditional that has a state is one around an assertion.
 _EFFECTS = {"Assert", "CheckNumerics", "If", "PrintV2"}
@@ -83,14 +83,14 @@ class Traced:
         digest.update(repr(marks).encode())
         return digest.hexdigest()
 
-    def part(self, outputs, inputs, widened=False, effects=()):
+    def part(self, outputs, inputs, is_wide=False, effects=()):
         """The part that computes `outputs` from `inputs`, which are tensors of the graph.
 
         Args:
-            widened: compute what is of half precision in float32.
+            is_wide: compute what is of half precision in float32.
             effects: operations that are to run too, such as assertions.
         """
-        return Part(self, tuple(outputs), tuple(inputs), widened, tuple(effects))
+        return Part(self, tuple(outputs), tuple(inputs), is_wide, tuple(effects))
 
     def effects(self, inputs):
         """The assertions and prints that can run where these tensors are known."""
@@ -108,7 +108,7 @@ class Traced:
 class Part:
     """A function of tensors: see `Traced.part`. It raises where it lacks an input."""
 
-    def __init__(self, traced, outputs, inputs, widened, effects):
+    def __init__(self, traced, outputs, inputs, is_wide, effects):
         self.outputs, self.inputs = outputs, inputs
         given = {t.name for t in inputs}
         found = {t.name for t in outputs} & given
@@ -130,7 +130,8 @@ class Part:
         calls = any(_functions_of(node) for node in self._definition.node)
         if calls:
             self._definition.library.CopyFrom(traced.library)
-        self.widened = widened and not calls
+        # What calls functions cannot be widened: its results are.
+        self.widened, self._results_widened = is_wide and not calls, is_wide
         if self.widened:
             for node in self._definition.node:
                 _widen(node)
@@ -138,6 +139,8 @@ class Part:
         self._have_rows = [traced.is_tried and traced.has_rows(t) for t in outputs]
         self._rows = next((i for i, t in enumerate(inputs) if has_rows(t)), None)
         self._function = tf.function(self._imported, autograph=False)
+        # It is traced for each number of rows: see `execution`.
+        self._function._omit_frequent_tracing_warning = True
 
     def __call__(self, values):
         """The outputs, from the values of the inputs."""
@@ -152,7 +155,10 @@ class Part:
         if tf.config.functions_run_eagerly():
             # What is imported is a graph, whatever else is to run without one.
             function = function.get_concrete_function(given)
-        return list(function(given))
+        results = list(function(given))
+        if self._results_widened:
+            results = [widened(t) if t.dtype.is_floating else t for t in results]
+        return results
 
     def dtype_of(self, tensor):
         """Of an input or output of the graph, where this part computes it."""
