@@ -136,6 +136,8 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
           on GPUs, 2016 (arXiv 1604.01946): one product over all steps.
     """
 
+    _keeps_integers = True
+
     def __init__(
         self,
         cell,

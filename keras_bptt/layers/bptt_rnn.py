@@ -247,6 +247,10 @@ class BPTTRNN(ExplicitLoop, keras.layers.SimpleRNN):
             sequences, initial_state=initial_state, mask=mask, training=training
         )
 
+    @property
+    def _rows(self):
+        return ((self.units,),)
+
     def _step(self, sequences, states, training):
         cell, (h_0,) = self.cell, states
         f, dtype = self._resolved(), cell.compute_dtype

@@ -27,12 +27,12 @@ def mask_of(mask, sequences):
     return _fitted(mask, sizes, sequences.shape[:2], "mask_of_batch_and_timesteps")
 
 
-def state_of(state, sequences):
-    """An initial state (batch, ...)."""
+def state_of(state, sequences, row):
+    """An initial state (batch, *row)."""
     # That of a stateful layer is a variable, which is another one after the call.
     state = tf.convert_to_tensor(state)
-    sizes = tf.concat([tf.shape(sequences)[:1], tf.shape(state)[1:]], 0)
-    known = (sequences.shape[0], *state.shape[1:])
+    sizes = tf.stack([tf.shape(sequences)[0], *row])
+    known = (sequences.shape[0], *row)
     return _fitted(state, sizes, known, "initial_state_of_batch_and_units")
 
 

@@ -50,7 +50,12 @@ class Step(NamedTuple):
 
 
 class ExplicitLoop(GradientOptions):
-    """A recurrent layer of Keras whose loop over time is the engine's."""
+    """A recurrent layer of Keras whose loop over time is the engine's.
+
+    A layer has `_rows`, the shapes of a row of each state.
+    """
+
+    _keeps_integers = False  # else inputs that are integers are promoted
 
     def _set_options(self, **options):
         for name, value in options.items():
@@ -123,10 +128,15 @@ class ExplicitLoop(GradientOptions):
         every, g = self.checkpoint_every, self.output_layer
         dtype = self.cell.compute_dtype
         # What `call` could not check, a size known at run time only, raises here.
-        states = keras.tree.map_structure(
-            lambda state: state_of(state, sequences), initial_state
+        states = keras.tree.flatten(initial_state)
+        states = keras.tree.pack_sequence_as(
+            initial_state,
+            [
+                state_of(state, sequences, row)
+                for state, row in zip(states, self._rows, strict=True)
+            ],
         )
-        if sequences.dtype.is_floating:
+        if sequences.dtype.is_floating or not self._keeps_integers:
             sequences = tf.cast(sequences, dtype)
         step = self._step(sequences, states, training)
         randomized, factors = isinstance(self.truncation, RandomizedTruncation), None

@@ -25,7 +25,7 @@ from helpers import (
 )
 from tensorflow.core.protobuf import saved_model_pb2
 
-import keras_bptt.layers.bptt_rnn
+import keras_bptt.layers.explicit_loop
 from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation
 from keras_bptt.layers.calls import drawn_factors
 
@@ -47,14 +47,14 @@ def layer_of(truncation=POLICY, **options):
 @pytest.fixture
 def draws(monkeypatch):
     """The factors of every eager call, as they are drawn."""
-    seen, draw = [], keras_bptt.layers.bptt_rnn.drawn_factors
+    seen, draw = [], keras_bptt.layers.explicit_loop.drawn_factors
 
     def spy(*arguments):
         factors = draw(*arguments)
         seen.append(factors.numpy())
         return factors
 
-    monkeypatch.setattr(keras_bptt.layers.bptt_rnn, "drawn_factors", spy)
+    monkeypatch.setattr(keras_bptt.layers.explicit_loop, "drawn_factors", spy)
     return seen
 
 
@@ -165,7 +165,7 @@ def test_bias_is_seen(draw, monkeypatch):
     def drawn(truncation, seed, sequences, dtype):
         return draw(truncation.keep_probability, tf.shape(sequences)[:2], seed)
 
-    monkeypatch.setattr(keras_bptt.layers.bptt_rnn, "drawn_factors", drawn)
+    monkeypatch.setattr(keras_bptt.layers.explicit_loop, "drawn_factors", drawn)
     with pytest.raises(AssertionError):
         check_unbiased()
 
