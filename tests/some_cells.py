@@ -226,6 +226,31 @@ def a_custom_gradient(self, x, h):
     return doubled_back(x @ self.W + h @ self.U + self.b)
 
 
+@tf.custom_gradient
+def rounded(w):
+    """A straight-through estimator."""
+    return tf.round(4 * w) / 4, lambda d: d
+
+
+@cell()
+def rounded_weights(self, x, h):
+    z = x @ rounded(self.W) + h @ (0.5 * rounded(self.U))
+    return ops.tanh(z + rounded(self.b * 2))
+
+
+@cell()
+def a_custom_gradient_in_a_loop(self, x, h):
+    def body(i, h):
+        return i + 1, doubled_back(x @ self.W + h @ self.U) + 0.1 * tf.nn.silu(h)
+
+    found = tf.while_loop(lambda i, _: i < 3, body, (0, h), maximum_iterations=3)
+    return found[1]
+
+
+# Whose first derivative is another than that of what they compute.
+OWN = ("a_custom_gradient", "a_custom_gradient_in_a_loop", "rounded_weights")
+
+
 @cell()
 def integers_inside(self, x, h):
     z = x @ self.W + h @ self.U

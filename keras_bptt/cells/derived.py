@@ -133,6 +133,14 @@ class Derived(Cell):
         ]
         return [w if w.dtype.is_floating else tf.cast(w, tf.float64) for w in found]
 
+    def check_higher_orders(self):
+        if self.division.trace.own_gradient:
+            raise NotImplementedError(
+                "A cell has first derivatives alone where a tf.custom_gradient in its step "
+                "gives another gradient than that of what the step computes. Received: a "
+                "derivative of its gradient. Use keras.layers.RNN(cell) for it."
+            )
+
     def called_with(self, dtype):
         return dataclasses.replace(self, is_wide=dtype.size == 2)
 

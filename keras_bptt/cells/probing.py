@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.cells.tracing import mixes
+from keras_bptt.runtime.explicit import vjp
 from keras_bptt.runtime.subgraphs import Traced, has_rows
 
 # Of rows: neither is a multiple of the other, nor likely a size of anything else.
@@ -62,7 +63,45 @@ def probed(name, trace):
         for tensor, new, old in zip(results, changed, expected, strict=True):
             if not np.array_equal(new[~moved], old[~moved], equal_nan=True):
                 raise ValueError(mixes(name, tensor.op.name))
-    return trace._replace(graph=Traced(graph.graph, not_rows))
+    own = graph.has_own_gradients and _has_own_gradient(trace, random)
+    return trace._replace(graph=Traced(graph.graph, not_rows), own_gradient=own)
+
+
+def _has_own_gradient(trace, random):
+    """Whether the gradients are others than those of the operations of the step."""
+    weights = [w for w, moves in zip(trace.read, trace.trained, strict=True) if moves]
+    sources = [trace.x] * trace.x.dtype.is_floating + [*trace.before, *weights]
+    written = [*[trace.d_x] * trace.x.dtype.is_floating, *trace.d_before]
+    written += [d for d, t in zip(trace.d_weights, trace.trained, strict=True) if t]
+    leaves = [trace.x, *trace.before, *trace.noise, *trace.read]
+    step = trace.graph.part(trace.after, leaves)
+    known = [d for d in written if d is not None]
+    back = trace.graph.part(known, [*leaves, *trace.adjoints])
+
+    def numbers(tensors):
+        shapes = [[MANY, *t.shape[1:]] if has_rows(t) else t.shape for t in tensors]
+        pairs = zip(tensors, shapes, strict=True)
+        return [tf.constant(_numbers(random, *pair)) for pair in pairs]
+
+    @tf.function(autograph=False)
+    def both(values, adjoints):
+        plain = dict(
+            zip(leaves_by_name, vjp(step, (values,), adjoints)[0], strict=True)
+        )
+        return [plain[t.name] for t in sources], back([*values, *adjoints])
+
+    leaves_by_name = [t.name for t in leaves]
+    with tf.init_scope():
+        given = numbers(leaves), numbers(trace.adjoints)
+        # As a graph, whatever else is to run without one: no tape records in here.
+        plain, found = both.get_concrete_function(*given)(*given)
+    found = iter(found)
+    close = 5e-2 if trace.before[0].dtype.size == 2 else 1e-4
+    for own, other in zip(written, plain, strict=True):
+        own = tf.zeros_like(other) if own is None else next(found)
+        if not np.allclose(own, other, close, close, equal_nan=True):
+            return True
+    return False
 
 
 def _runner(graph, outputs, inputs):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.runtime.simplify import simplified
-from keras_bptt.runtime.subgraphs import Traced, has_rows, in_order
+from keras_bptt.runtime.subgraphs import Traced, has_rows, in_order, own_gradients
 
 # What a tensor depends on. TRAINED: on something that has a gradient; ROWS: on their
 # number.
@@ -25,6 +25,10 @@ X, NOISE, STATE, WEIGHT, TRAINED, ADJOINT, ROWS = (1 << i for i in range(7))
 _NO_NUMBERS = (tf.variant, tf.resource, tf.string)
 _HARMLESS = {"ReadVariableOp", "Assert", "PrintV2", "If", "While", "Case"}
 _HARMLESS |= {"StatefulPartitionedCall", "Placeholder", "VarIsInitializedOp"}
+
+
+# Fields of a trace that are no tensors of its graph.
+_NO_TENSORS = ("graph", "sources", "output", "trained", "depends", "own_gradient")
 
 
 class Trace(NamedTuple):
@@ -44,6 +48,7 @@ class Trace(NamedTuple):
         d_x, d_before, d_weights: the gradients of x, of `before` and of `read`; None where
             there is none.
         depends: for each tensor, by name, what it depends on.
+        own_gradient: whether the gradients are others than those of what is computed.
     """
 
     graph: Traced
@@ -62,6 +67,7 @@ class Trace(NamedTuple):
     d_before: tuple
     d_weights: tuple
     depends: dict
+    own_gradient: bool = False
 
     def simplified(self):
         """The same of a graph that is lean."""
@@ -75,7 +81,7 @@ class Trace(NamedTuple):
         tensors = {
             name: tf.nest.map_structure(new, value)
             for name, value in self._asdict().items()
-            if name not in ("graph", "sources", "output", "trained", "depends")
+            if name not in _NO_TENSORS
         }
         leaves = {t.name: self.depends[t.name] for t in _leaves(self.graph.operations)}
         depends = dependence(in_order(graph), leaves)
@@ -146,7 +152,7 @@ def _derivative(name, graph, arguments, variables, watched, output, after):
     depends = dependence(in_order(graph), leaves)
     ways = _ways_to(after)
     _refuse_mixing(name, depends, ways)
-    read = _meeting_rows(depends, ways, after)
+    read = _meeting_rows(depends, ways, _with_own_gradient(graph))
     trained = [bool(depends[t.name] & TRAINED) and t.dtype.is_floating for t in read]
     adjoints = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in after]
     sources = [x] * x.dtype.is_floating + [*before]
@@ -318,16 +324,34 @@ def mixes(name, where):
     )
 
 
-def _meeting_rows(depends, ways, after):
-    """The tensors that depend on inputs alone, at the edge to what depends on rows."""
+def _meeting_rows(depends, ways, own):
+    """The tensors that depend on inputs alone, at the edge to what depends on rows.
+
+    Args:
+        own: names of tensors that are not to be made outside of the step.
+    """
     found = {}
-    alone = {WEIGHT, WEIGHT | TRAINED}
+
+    def alone(tensor):
+        kinds = WEIGHT, WEIGHT | TRAINED
+        return depends[tensor.name] in kinds and tensor.name not in own
+
     for tensor in reversed(ways.values()):
-        if depends[tensor.name] not in alone:
-            for needed in tensor.op.inputs:
-                if depends[needed.name] in alone:
-                    found[needed.name] = needed
+        if not alone(tensor):
+            found |= {needed.name: needed for needed in filter(alone, tensor.op.inputs)}
     return list(found.values())
+
+
+def _with_own_gradient(graph):
+    """The names of tensors that are made by a `tf.custom_gradient`, and made of those.
+
+    Its gradient is known where it was traced alone, so it is part of the step.
+    """
+    own, found = own_gradients(graph.as_graph_def()), set()
+    for operation in in_order(graph):
+        if operation.name in own or any(t.name in found for t in operation.inputs):
+            found |= {t.name for t in operation.outputs}
+    return found
 
 
 def _before_cast(tensor):

@@ -62,6 +62,7 @@ def composed(options, constants, arguments):
             "An observed recurrence has first derivatives alone. Received: a derivative of "
             "its adjoints. Differentiate the recurrence without observing it."
         )
+    options.cell.check_higher_orders()
     over = over_steps if options.truncation is None else over_windows
     return over(options, constants, arguments)
 

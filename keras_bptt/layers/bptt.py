@@ -61,7 +61,9 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
             what a `tf.function` may hold. It must treat each example alone, change no
             variable and draw no random numbers; dropout factors as `keras.layers.LSTMCell`
             has them, the same for all steps, are drawn as Keras draws them. In a step a
-            loop of its own is computed again for the way back, and not compiled.
+            loop of its own is computed again for the way back, and not compiled. A
+            `tf.custom_gradient` in it counts; where it is another gradient than that of
+            what is computed, derivatives of second order raise NotImplementedError.
         **kwargs: Every other argument of `keras.layers.RNN`, with the same place, meaning
             and default: `return_sequences`, `return_state`, `go_backwards`, `stateful`,
             `zero_output_for_mask`, `name`, `dtype`. And `unroll`, which may also be a

@@ -34,6 +34,8 @@ class Traced:
         graph: the graph that was traced.
         nodes: its operations by name, as they are stored.
         library: the functions that they call.
+        has_own_gradients: whether a `tf.custom_gradient` is part of it. Parts leave it out:
+            their derivatives are those of what they compute.
         sized: of the operations of `_OF_SHAPE` whose inputs have rows of a known shape,
             each output by name, with the operation's type, dtype and that shape.
 
@@ -47,6 +49,7 @@ class Traced:
         self.graph, self.is_tried = graph, not_rows is not None
         self._not_rows = not_rows or set()
         self.operations = in_order(graph)
+        self.has_own_gradients = bool(own_gradients(definition))
         self.nodes = {node.name: _stripped(node) for node in definition.node}
         self.library = definition.library
         for function in self.library.function:
@@ -223,6 +226,26 @@ def in_order(graph):
                 begun.add(operation.name)
                 found.append(operation)
     return found
+
+
+def own_gradients(definition):
+    """The names of operations with a `tf.custom_gradient`, their own or in a function."""
+
+    def is_own(node):
+        name = (
+            node.attr["_gradient_op_type"].s
+            if "_gradient_op_type" in node.attr
+            else b""
+        )
+        return name.startswith(b"CustomGradient")
+
+    functions = definition.library.function
+    within = any(is_own(node) for function in functions for node in function.node_def)
+    return {
+        node.name
+        for node in definition.node
+        if is_own(node) or (within and _functions_of(node))
+    }
 
 
 def has_rows(tensor):

@@ -29,7 +29,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from keras import ops
-from some_cells import CELLS, INTEGERS, PLAIN, Cell, Nested, doubled_back
+from some_cells import CELLS, INTEGERS, OWN, PLAIN, Cell, Nested, doubled_back
 from twins import masks, truncations
 from unrolled import Unrolled
 
@@ -125,13 +125,14 @@ def test_any_cell(name, mode, masked):
 @pytest.mark.parametrize(
     ("name", "mode"),
     few(
-        [(name, mode) for name in EVERY for mode in ("plain", "graph")],
+        [(n, mode) for n in EVERY if n not in OWN for mode in ("plain", "graph")],
         lambda name, mode: (
             (name, mode)
             in [
                 ("LSTMCell", "graph"),
                 ("output_is_no_state", "plain"),
                 ("weight_norm", "plain"),
+                ("softmax, silu", "plain"),
                 ("a_function", "graph"),
             ]
         ),
@@ -139,6 +140,14 @@ def test_any_cell(name, mode, masked):
 )
 def test_second_order(name, mode):
     check(name, mode, order=2, tolerance=10 * FLOAT64, mask=MASK)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_second_order_of_another_first_is_refused(name):
+    """Of a custom gradient nothing is known but itself."""
+    check(name)
+    with pytest.raises(NotImplementedError, match="first derivatives alone"):
+        check(name, order=2)
 
 
 flags = st.booleans()
