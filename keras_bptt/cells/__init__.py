@@ -6,7 +6,7 @@
 
 Any other cell is compiled from its step:
 
-* `tracing`: the step and its derivative as one graph.
+* `tracing`: the step and its derivative as one graph; `refusals`: what it must not do.
 * `probing`: tries the graph with numbers.
 * `division`: what of the graph is computed where; `cuts`: what is kept for later.
 * `derived`: the parts, run as the contract wants them.

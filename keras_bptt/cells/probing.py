@@ -8,7 +8,7 @@ the step runs a few times: for two numbers of rows, and with some of the rows mo
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.cells.tracing import mixes
+from keras_bptt.cells.refusals import mixes
 from keras_bptt.runtime.explicit import vjp
 from keras_bptt.runtime.subgraphs import Traced, has_rows
 

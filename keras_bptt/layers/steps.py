@@ -8,7 +8,8 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.cells.derived import derived
-from keras_bptt.cells.tracing import draws, trace, updates, value_outside
+from keras_bptt.cells.refusals import draws, updates
+from keras_bptt.cells.tracing import trace, value_outside
 from keras_bptt.layers.weights import uncast
 
 
