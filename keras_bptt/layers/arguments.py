@@ -32,7 +32,8 @@ def misspelled(error, given, function):
     unknown = [n for n in given if n not in known and repr(n) in str(error)]
     if not unknown:
         return error
-    hints = ["help(keras_bptt.BPTTRNN) names the arguments."]
+    layer = function.__qualname__.partition(".")[0]
+    hints = [f"help(keras_bptt.{layer}) names the arguments."]
     for name in unknown:
         if (match := nearest(name, known)) is not None:
             hints.insert(-1, f"Did you mean `{match}` by `{name}`?")

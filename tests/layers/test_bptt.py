@@ -241,6 +241,23 @@ def test_mixed_precision(name, policy):
         assert relative_error(got[key], array) < 40 * EPS[policy], key
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_gradients_of_weights_are_added_in_wide_numbers(policy, usual_sizes):
+    """2,400 ones and 2,400 halves: bfloat16 counts to 256, float16 to 2,048."""
+    cell = Cell(
+        lambda s, x, h: x @ s.W + s.b + 0 * (h @ s.U), weights=PLAIN, dtype=policy
+    )
+    layer = BPTT(cell, return_sequences=True, dtype=policy)
+    x = tf.fill([B, 800, D], tf.constant(0.5, layer.compute_dtype))
+    layer.build(x.shape)
+    fill(layer)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.cast(layer(x, training=True), tf.float32))
+    d_W, d_b = tape.gradient(loss, [cell.W.value, cell.b.value])
+    np.testing.assert_array_equal(d_b, np.full(H, 800.0 * B))
+    np.testing.assert_array_equal(d_W, np.full((D, H), 400.0 * B))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell"])
@@ -479,7 +496,10 @@ def test_what_cannot_be_right_is_refused(name):
             lambda layer: layer(np.ones((B, T, D)), mask=np.ones((B, T + 1), bool)),
             "takes a `mask`",
         ),
-        (lambda layer: BPTT(layer.cell, truncaton=3), "Did you mean `truncation`"),
+        (
+            lambda layer: BPTT(layer.cell, truncaton=3),
+            r"Did you mean `truncation`.*help\(keras_bptt.BPTT\)",
+        ),
         (lambda layer: BPTT(layer.cell).plan(), "must be built"),
         (lambda layer: BPTT(layer.cell, output_activation="tanh"), "`output_units`"),
     ],
