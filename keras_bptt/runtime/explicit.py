@@ -34,7 +34,7 @@ import tensorflow as tf
 from keras_bptt.runtime.execution import run
 
 _NO_FORWARD_MODE = (
-    "BPTTRNN has no forward-mode derivative (tf.autodiff.ForwardAccumulator) inside a "
+    "This layer has no forward-mode derivative (tf.autodiff.ForwardAccumulator) inside a "
     "tf.function. Use the accumulator around the tf.function, or compute J v by two "
     "tf.GradientTapes: it is the gradient of <J^T u, v> with respect to u."
 )
