@@ -6,6 +6,8 @@ from keras_bptt.flow.gradient_flow import gradient_flow
 from keras_bptt.flow.layer_flow import LayerFlow
 from keras_bptt.flow.model_flow import GradientFlow
 from keras_bptt.layers.bptt import BPTT
+from keras_bptt.layers.bptt_gru import BPTTGRU
+from keras_bptt.layers.bptt_lstm import BPTTLSTM
 from keras_bptt.layers.bptt_rnn import BPTTRNN
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveTruncation",
     "BPTT",
+    "BPTTGRU",
+    "BPTTLSTM",
     "BPTTRNN",
     "GradientFlow",
     "GradientFlowLogger",

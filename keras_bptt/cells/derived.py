@@ -264,17 +264,21 @@ def multiply_adds(operation):
     return numbers_of(output) if has_rows(output) else 0
 
 
-def derived(name, trace: Trace) -> Derived:
+def derived(name, trace: Trace, probe: bool = True) -> Derived:
     """The cell of a traced step; the same for two that compute the same.
 
+    Args:
+        name: of the cell, for errors.
+        probe: whether the step is tried with numbers, if it is not known to be right.
+
     Raises:
-        ValueError: where the step mixes examples; `name` is that of the cell.
+        ValueError: where the step mixes examples.
     """
     inner = [trace.x, *trace.before, *trace.noise, *trace.inputs, *trace.adjoints]
     outer = [*trace.after, trace.d_x, *trace.d_before, *trace.d_weights]
     marks = [inner, [t for t in outer if t is not None], trace.read]
     key = f"{trace.graph.fingerprint(*marks)} {trace.output} {trace.trained}"
-    return _known(key, _Given(trace, name))
+    return _known(key, _Given(trace, name, probe))
 
 
 class _Given(NamedTuple):
@@ -282,6 +286,7 @@ class _Given(NamedTuple):
 
     trace: Trace
     name: str
+    probe: bool
 
     def __eq__(self, other):
         return isinstance(other, _Given)
@@ -292,7 +297,8 @@ class _Given(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _known(key, given):
-    return Derived(key, divide(probed(given.name, given.trace.simplified())))
+    trace = given.trace.simplified()
+    return Derived(key, divide(probed(given.name, trace) if given.probe else trace))
 
 
 def xla_compiles(cell: Derived) -> bool:

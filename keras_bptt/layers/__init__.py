@@ -7,6 +7,8 @@
 """
 
 from keras_bptt.layers.bptt import BPTT
+from keras_bptt.layers.bptt_gru import BPTTGRU
+from keras_bptt.layers.bptt_lstm import BPTTLSTM
 from keras_bptt.layers.bptt_rnn import BPTTRNN
 
-__all__ = ["BPTT", "BPTTRNN"]
+__all__ = ["BPTT", "BPTTGRU", "BPTTLSTM", "BPTTRNN"]

@@ -26,14 +26,13 @@ def joined_signature(own, hosts):
     return hosts.replace(parameters=[*parameters, rest])
 
 
-def misspelled(error, given, function):
+def misspelled(error, given, layer_class):
     """The host's error, with what arguments that it does not know may mean."""
-    known = [*inspect.signature(function).parameters, *_OF_ANY_LAYER]
+    known = [*inspect.signature(layer_class.__init__).parameters, *_OF_ANY_LAYER]
     unknown = [n for n in given if n not in known and repr(n) in str(error)]
     if not unknown:
         return error
-    layer = function.__qualname__.partition(".")[0]
-    hints = [f"help(keras_bptt.{layer}) names the arguments."]
+    hints = [f"help(keras_bptt.{layer_class.__name__}) names the arguments."]
     for name in unknown:
         if (match := nearest(name, known)) is not None:
             hints.insert(-1, f"Did you mean `{match}` by `{name}`?")
@@ -194,10 +193,12 @@ def check_states(name, shape, rows, states):
     expected = [(shape[0], *row) for row in rows]
     fits = [g.is_compatible_with(e) for g, e in zip(given, expected, strict=False)]
     if len(given) != len(expected) or not all(fits):
+        number = "one" if len(rows) == 1 else f"{len(rows)} states as"
+        sizes = "units" if all(len(row) == 1 for row in rows) else "..."
         raise ValueError(
-            f"{name} takes {len(expected)} states as `initial_state`, here of shape "
+            f"{name} takes {number} `initial_state` of shape (batch, {sizes}), here "
             f"{', '.join(map(str, expected))}. Received: {len(given)} of shape "
-            f"{', '.join(map(str, given))}. Pass one row for each example."
+            f"{', '.join(map(str, given))}. Pass one state for each example."
         )
 
 
@@ -226,18 +227,3 @@ def with_shape(name, sequences, features):
             f"{tuple(shape)}. Leave out empty sequences."
         )
     return tf.ensure_shape(sequences, (None, None, *features))
-
-
-def check_state(name, shape, units, initial_state):
-    if initial_state is None:
-        return
-    nested = isinstance(initial_state, (list, tuple))
-    states = initial_state if nested else [initial_state]
-    given = [tf.TensorShape(state.shape) for state in states]
-    expected = (shape[0], units)
-    if len(given) != 1 or not given[0].is_compatible_with(expected):
-        raise ValueError(
-            f"{name} takes one `initial_state` of shape (batch, units), here "
-            f"{expected}. Received: {len(given)} of shape "
-            f"{', '.join(map(str, given))}. Pass one state for each example."
-        )

@@ -6,7 +6,7 @@ import tensorflow as tf
 from keras_bptt.cells.derived import xla_compiles
 from keras_bptt.cells.plan import plan_of
 from keras_bptt.layers import arguments
-from keras_bptt.layers.explicit_loop import ExplicitLoop, Step
+from keras_bptt.layers.explicit_loop import ExplicitLoop, Step, signature_of
 from keras_bptt.layers.steps import step_of
 
 
@@ -140,37 +140,10 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
 
     _keeps_integers = True
 
-    def __init__(
-        self,
-        cell,
-        *args,
-        truncation=None,
-        checkpoint_every=None,
-        adjoint_clipnorm=None,
-        adjoint_max_growth=None,
-        output_units=None,
-        output_activation=None,
-        jit_compile="auto",
-        **kwargs,
-    ):
-        output_units = arguments.output_units_of(output_units, output_activation)
-        try:
-            super().__init__(cell, *args, **kwargs)
-        except ValueError as error:
-            raise arguments.misspelled(error, kwargs, BPTT.__init__) from None
-        self._set_options(
-            truncation=truncation,
-            checkpoint_every=checkpoint_every,
-            adjoint_clipnorm=adjoint_clipnorm,
-            adjoint_max_growth=adjoint_max_growth,
-            jit_compile=jit_compile,
-        )
-        self._set_output_layer(output_units, output_activation)
+    def __init__(self, cell, *args, **kwargs):
+        super().__init__(cell, *args, **kwargs)
 
-    # For help() and completion: the arguments of the host, whatever its version, and ours.
-    __init__.__signature__ = arguments.joined_signature(
-        __init__, keras.layers.RNN.__init__
-    )
+    __init__.__signature__ = signature_of(keras.layers.RNN)
 
     def build(self, sequences_shape, initial_state_shape=None):
         arguments.check_features(self.name, sequences_shape)

@@ -4,15 +4,14 @@ import keras
 
 from keras_bptt.cells.activations import resolve, xla_compiles
 from keras_bptt.cells.simple_rnn import SimpleRNN
-from keras_bptt.layers import arguments
-from keras_bptt.layers.calls import checked_inputs
-from keras_bptt.layers.explicit_loop import ExplicitLoop, Step
-from keras_bptt.layers.host_cell import check_cell, name_convert, weights_of
+from keras_bptt.layers.explicit_loop import Step, signature_of
+from keras_bptt.layers.host_cell import weights_of
+from keras_bptt.layers.own_step import OwnStep
 from keras_bptt.layers.weights import stored
 
 
 @keras.saving.register_keras_serializable(package="keras_bptt")
-class BPTTRNN(ExplicitLoop, keras.layers.SimpleRNN):
+class BPTTRNN(OwnStep, keras.layers.SimpleRNN):
     """Fully-connected RNN whose gradient is explicit backpropagation through time.
 
     Use it wherever `keras.layers.SimpleRNN` stands: it takes the same arguments, has the
@@ -194,62 +193,17 @@ class BPTTRNN(ExplicitLoop, keras.layers.SimpleRNN):
           (arXiv 1604.06174): checkpoints.
     """
 
-    def __init__(
-        self,
-        units,
-        *args,
-        truncation=None,
-        checkpoint_every=None,
-        adjoint_clipnorm=None,
-        adjoint_max_growth=None,
-        output_units=None,
-        output_activation=None,
-        jit_compile="auto",
-        **kwargs,
-    ):
-        units = arguments.units_of(units)
-        output_units = arguments.output_units_of(output_units, output_activation)
-        try:
-            super().__init__(units, *args, **kwargs)
-        except ValueError as error:
-            raise arguments.misspelled(error, kwargs, BPTTRNN.__init__) from None
-        self._set_options(
-            truncation=truncation,
-            checkpoint_every=checkpoint_every,
-            adjoint_clipnorm=adjoint_clipnorm,
-            adjoint_max_growth=adjoint_max_growth,
-            jit_compile=jit_compile,
-        )
-        self._set_output_layer(output_units, output_activation)
-        self._resolved_of = None
-        name_convert(self.cell)
+    cell_class = keras.layers.SimpleRNNCell
 
-    # For help() and completion: the arguments of the host, whatever its version, and ours.
-    __init__.__signature__ = arguments.joined_signature(
-        __init__, keras.layers.SimpleRNN.__init__
-    )
+    def __init__(self, units, *args, **kwargs):
+        super().__init__(units, *args, **kwargs)
+        self._resolved_of = None
+
+    __init__.__signature__ = signature_of(keras.layers.SimpleRNN)
 
     def build(self, sequences_shape, initial_state_shape=None):
-        self._check_inputs(sequences_shape, building=True)
-        check_cell(self.name, self.cell)
         self._resolved()  # first, so that a refused activation leaves no weights behind
         super().build(sequences_shape, initial_state_shape)
-
-    def compute_output_shape(self, sequences_shape, initial_state_shape=None):
-        self._check_inputs(sequences_shape)  # symbolic inputs come here, not to `call`
-        return super().compute_output_shape(sequences_shape, initial_state_shape)
-
-    def call(self, sequences, initial_state=None, mask=None, training=False):
-        check_cell(self.name, self.cell)
-        sequences = checked_inputs(self.name, sequences, self.cell.kernel.shape[0])
-        arguments.check_state(self.name, sequences.shape, self.units, initial_state)
-        return super().call(
-            sequences, initial_state=initial_state, mask=mask, training=training
-        )
-
-    @property
-    def _rows(self):
-        return ((self.units,),)
 
     def _step(self, sequences, states, training):
         cell, (h_0,) = self.cell, states
@@ -269,7 +223,3 @@ class BPTTRNN(ExplicitLoop, keras.layers.SimpleRNN):
         if self._resolved_of != key:
             self._activation, self._resolved_of = resolve(*key), key
         return self._activation
-
-    def _check_inputs(self, shape, building=False):
-        features = self.cell.kernel.shape[0] if self.built else None
-        arguments.check_inputs(self.name, shape, features, building)

@@ -33,6 +33,14 @@ if keras.config.backend() != "tensorflow":
     )
 
 
+def signature_of(host):
+    """For help() and completion: the arguments of the host, whatever its version, and ours.
+
+    `host` is the layer of Keras in whose place a layer stands.
+    """
+    return arguments.joined_signature(ExplicitLoop.__init__, host.__init__)
+
+
 class Step(NamedTuple):
     """What a layer repeats over time, in one call.
 
@@ -57,17 +65,34 @@ class ExplicitLoop(GradientOptions):
 
     _keeps_integers = False  # else inputs that are integers are promoted
 
-    def _set_options(self, **options):
-        for name, value in options.items():
-            setattr(self, name, value)
+    def __init__(
+        self,
+        *args,
+        truncation=None,
+        checkpoint_every=None,
+        adjoint_clipnorm=None,
+        adjoint_max_growth=None,
+        output_units=None,
+        output_activation=None,
+        jit_compile="auto",
+        **kwargs,
+    ):
+        output_units = arguments.output_units_of(output_units, output_activation)
+        try:
+            super().__init__(*args, **kwargs)
+        except ValueError as error:
+            of_package = (c for c in type(self).__mro__ if c.__module__.startswith(__package__))
+            raise arguments.misspelled(error, kwargs, next(of_package)) from None
+        self.truncation, self.checkpoint_every = truncation, checkpoint_every
+        self.adjoint_clipnorm = adjoint_clipnorm
+        self.adjoint_max_growth = adjoint_max_growth
+        self.jit_compile = jit_compile
         # `build` and `call` check shapes and say more than an InputSpec would.
         self.input_spec = None
-
-    def _set_output_layer(self, units, activation):
         self.output_layer = None
-        if units is not None:
+        if output_units is not None:
             self.output_layer = output_layer(
-                self.cell, units, activation, self.dtype_policy
+                self.cell, output_units, output_activation, self.dtype_policy
             )
 
     @property
