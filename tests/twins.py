@@ -13,7 +13,14 @@ from helpers import WAYS, B, D, H, random_inputs, rng
 from hypothesis import strategies as st
 from unrolled import Unrolled
 
-from keras_bptt import BPTT, BPTTRNN, RandomizedTruncation, Truncation
+from keras_bptt import (
+    BPTT,
+    BPTTGRU,
+    BPTTLSTM,
+    BPTTRNN,
+    RandomizedTruncation,
+    Truncation,
+)
 from keras_bptt.truncation import policy
 
 # Options that the hosts have not.
@@ -58,8 +65,11 @@ class Layer(NamedTuple):
     host: Callable
     # A slope that h tells, one that z tells, and Jacobians.
     options: dict
+    states: int = 1
 
 
+SOME = ["tanh", "tanh", "linear", "gelu", "softmax", sine]
+GATES = ["sigmoid", "sigmoid", "hard_sigmoid", "softmax", centred]
 LAYERS = {
     "BPTTRNN": Layer(
         BPTTRNN,
@@ -69,9 +79,30 @@ LAYERS = {
     "BPTT(GRUCell)": Layer(
         around(BPTT, keras.layers.GRUCell),
         around(keras.layers.RNN, keras.layers.GRUCell),
-        {"activation": ["tanh", "linear", "gelu", "softmax", sine]},
+        {"activation": SOME},
+    ),
+    "BPTTLSTM": Layer(
+        BPTTLSTM,
+        keras.layers.LSTM,
+        {"activation": SOME, "recurrent_activation": GATES},
+        states=2,
+    ),
+    "BPTTGRU": Layer(
+        BPTTGRU,
+        keras.layers.GRU,
+        {
+            "activation": SOME,
+            "recurrent_activation": GATES,
+            "reset_after": [True, False],
+        },
     ),
 }
+
+
+def states_of(name, batch=B, units=H):
+    """Random initial states."""
+    number = LAYERS[name].states
+    return [random_inputs(batch, units, seed=5 + i) for i in range(number)]
 
 
 def fill(layer, seed=0, radius=1.0):
@@ -243,6 +274,6 @@ def configurations(draw, modes=(*WAYS, "unknown"), order=1):
     if draw(flags):
         call["mask"] = draw(masks(batch, time))
     if draw(flags):
-        call["state"] = random_inputs(batch, units, seed=5)
+        call["state"] = states_of(name, batch, units)
     x = random_inputs(batch, time, features, seed=draw(st.integers(0, 99)))
     return name, options, call, x, mode

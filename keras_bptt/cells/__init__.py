@@ -4,7 +4,8 @@
 * `simple_rnn`: the plain RNN, written out.
 * `activations`: an activation and what a gradient needs of it.
 
-Any other cell is compiled from its step:
+Any other cell is compiled from its step. Two steps stand here, `lstm` and `gru`; what both
+have in common is in `gates`.
 
 * `tracing`: the step and its derivative as one graph; `refusals`: what it must not do.
 * `probing`: tries the graph with numbers.

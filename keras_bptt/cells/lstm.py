@@ -1,13 +1,13 @@
 """One step of the LSTM. Its way back is compiled from it.
 
-With x_t (B, D), h_t and c_t (B, H); W (D, 4H), U (H, 4H), b (4H), the gates in the order i,
-f, g, o; sigma the recurrent activation, f the activation:
+With x_t (B, D), h_t and c_t (B, H); W (D, 4H), U (H, 4H), b (4H), the gates in the order
+i, f, g, o; sigma the recurrent activation, f the activation:
 
     z = x_t W + h_{t-1} U + b
     i, f, o = sigma(z_i), sigma(z_f), sigma(z_o)      g = f(z_g)
     c_t = f * c_{t-1} + i * g                         h_t = o * f(c_t)
 
-What `derived` finds of it is what is written by hand elsewhere: i, f, g and o are kept, f(c_t)
+What `derived` finds is what is written by hand elsewhere: i, f, g and o are kept, f(c_t)
 is computed again, and one delta of 4H numbers leads to one product each for dL/dW, dL/dU
 and dL/dx. With a^h_t and a^c_t the adjoints of h_t and c_t:
 

@@ -1,8 +1,10 @@
 """What Keras sees: arguments, states, masks, dtypes. No derivative is computed here.
 
-* `bptt_rnn`: the layer `BPTTRNN`.
+* `bptt_rnn`, `bptt_lstm`, `bptt_gru`: the layers in the place of three of Keras.
+* `own_step`: what these have in common, a step of the package with the weights of Keras'
+  cell; `compiled_step`: that of LSTM and GRU.
 * `bptt`: the layer `BPTT`, around any cell; `steps`: how it calls that cell.
-* `explicit_loop`: what both have in common, a loop over time that is the engine's.
+* `explicit_loop`: what all have in common, a loop over time that is the engine's.
 * `observing`: who else wants to see what a layer asks of the engine.
 """
 

@@ -39,6 +39,24 @@ def misspelled(error, given, layer_class):
     return ValueError(f"{error}. " + " ".join(hints))
 
 
+def without_cudnn(host, *args, **kwargs):
+    """The arguments (args, kwargs) as the host takes them, which is to run no cuDNN.
+
+    Else it would, where there is a GPU, and forbid XLA.
+    """
+    given = inspect.signature(host.__init__).bind(None, *args, **kwargs)
+    value = given.arguments.get("use_cudnn", "auto")
+    if value is not False and value != "auto":
+        raise ValueError(
+            "`use_cudnn` must be 'auto' or False: the gradient of this layer is its own, "
+            "and cuDNN computes one that can be neither truncated nor clipped nor "
+            f"differentiated again. Received: use_cudnn={value!r}. Use "
+            f"keras.layers.{host.__name__} for cuDNN."
+        )
+    given.arguments["use_cudnn"] = False
+    return given.args[1:], given.kwargs
+
+
 def units_of(value):
     if not positive_integer(value):
         raise ValueError(

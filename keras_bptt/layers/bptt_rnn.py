@@ -4,14 +4,14 @@ import keras
 
 from keras_bptt.cells.activations import resolve, xla_compiles
 from keras_bptt.cells.simple_rnn import SimpleRNN
-from keras_bptt.layers.explicit_loop import Step, signature_of
+from keras_bptt.layers.explicit_loop import ExplicitLoop, Step, signature_of
 from keras_bptt.layers.host_cell import weights_of
 from keras_bptt.layers.own_step import OwnStep
 from keras_bptt.layers.weights import stored
 
 
 @keras.saving.register_keras_serializable(package="keras_bptt")
-class BPTTRNN(OwnStep, keras.layers.SimpleRNN):
+class BPTTRNN(OwnStep, ExplicitLoop, keras.layers.SimpleRNN):
     """Fully-connected RNN whose gradient is explicit backpropagation through time.
 
     Use it wherever `keras.layers.SimpleRNN` stands: it takes the same arguments, has the

@@ -3,34 +3,28 @@
 At run time the signature is put together from the host's, whatever its version.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import keras
 
-from keras_bptt.truncation import RandomizedTruncation, Truncation
+from keras_bptt.layers.explicit_loop import ExplicitLoop, Named, Policy
 
-_Named = str | dict[str, Any] | Callable[..., Any] | None
-_Policy = int | Truncation | RandomizedTruncation | None
-
-class BPTTRNN(keras.layers.SimpleRNN):
-    output_layer: keras.layers.Dense | None
-
+class BPTTRNN(ExplicitLoop, keras.layers.SimpleRNN):
     def __init__(
         self,
         units: int,
-        activation: _Named = "tanh",
+        activation: Named = "tanh",
         use_bias: bool = True,
-        kernel_initializer: _Named = "glorot_uniform",
-        recurrent_initializer: _Named = "orthogonal",
-        bias_initializer: _Named = "zeros",
-        kernel_regularizer: _Named = None,
-        recurrent_regularizer: _Named = None,
-        bias_regularizer: _Named = None,
-        activity_regularizer: _Named = None,
-        kernel_constraint: _Named = None,
-        recurrent_constraint: _Named = None,
-        bias_constraint: _Named = None,
+        kernel_initializer: Named = "glorot_uniform",
+        recurrent_initializer: Named = "orthogonal",
+        bias_initializer: Named = "zeros",
+        kernel_regularizer: Named = None,
+        recurrent_regularizer: Named = None,
+        bias_regularizer: Named = None,
+        activity_regularizer: Named = None,
+        kernel_constraint: Named = None,
+        recurrent_constraint: Named = None,
+        bias_constraint: Named = None,
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
         return_sequences: bool = False,
@@ -40,12 +34,12 @@ class BPTTRNN(keras.layers.SimpleRNN):
         unroll: bool | int = False,
         seed: int | None = None,
         *,
-        truncation: _Policy = None,
+        truncation: Policy = None,
         checkpoint_every: int | Literal["sqrt"] | None = None,
         adjoint_clipnorm: float | None = None,
         adjoint_max_growth: float | None = None,
         output_units: int | None = None,
-        output_activation: _Named = None,
+        output_activation: Named = None,
         jit_compile: bool | Literal["auto"] = "auto",
         zero_output_for_mask: bool = False,
         name: str | None = None,
@@ -53,31 +47,3 @@ class BPTTRNN(keras.layers.SimpleRNN):
         trainable: bool = True,
         **kwargs: Any,
     ) -> None: ...
-    @property
-    def truncation(self) -> Truncation | RandomizedTruncation | None: ...
-    @truncation.setter
-    def truncation(self, value: _Policy) -> None: ...
-    @property
-    def checkpoint_every(self) -> int | Literal["sqrt"] | None: ...
-    @checkpoint_every.setter
-    def checkpoint_every(self, value: int | Literal["sqrt"] | None) -> None: ...
-    @property
-    def adjoint_clipnorm(self) -> float | None: ...
-    @adjoint_clipnorm.setter
-    def adjoint_clipnorm(self, value: float | None) -> None: ...
-    @property
-    def adjoint_max_growth(self) -> float | None: ...
-    @adjoint_max_growth.setter
-    def adjoint_max_growth(self, value: float | None) -> None: ...
-    @property
-    def jit_compile(self) -> bool | Literal["auto"]: ...
-    @jit_compile.setter
-    def jit_compile(self, value: bool | Literal["auto"]) -> None: ...
-    @property
-    def unroll(self) -> bool: ...
-    @unroll.setter
-    def unroll(self, value: bool | int) -> None: ...
-    @property
-    def output_units(self) -> int | None: ...
-    @property
-    def output_activation(self) -> Callable[..., Any] | None: ...

@@ -81,8 +81,10 @@ class ExplicitLoop(GradientOptions):
         try:
             super().__init__(*args, **kwargs)
         except ValueError as error:
-            of_package = (c for c in type(self).__mro__ if c.__module__.startswith(__package__))
-            raise arguments.misspelled(error, kwargs, next(of_package)) from None
+            ours = [
+                c for c in type(self).__mro__ if c.__module__.startswith(__package__)
+            ]
+            raise arguments.misspelled(error, kwargs, ours[0]) from None
         self.truncation, self.checkpoint_every = truncation, checkpoint_every
         self.adjoint_clipnorm = adjoint_clipnorm
         self.adjoint_max_growth = adjoint_max_growth

@@ -7,12 +7,11 @@ import keras
 
 from keras_bptt.layers import arguments
 from keras_bptt.layers.calls import checked_inputs
-from keras_bptt.layers.explicit_loop import ExplicitLoop
 from keras_bptt.layers.host_cell import check_cell, name_convert
 
 
-class OwnStep(ExplicitLoop):
-    """A layer with the weights of `cell_class`, and a step of its own."""
+class OwnStep:
+    """An `ExplicitLoop` with the weights of a `cell_class`, and a step of its own."""
 
     cell_class: type
 

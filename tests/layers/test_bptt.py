@@ -21,6 +21,7 @@ from helpers import (
     evaluate,
     examples,
     few,
+    plain,
     random_inputs,
     relative_error,
     rng,
@@ -33,7 +34,7 @@ from some_cells import CELLS, INTEGERS, OWN, PLAIN, Cell, Nested, doubled_back
 from twins import masks, truncations
 from unrolled import Unrolled
 
-from keras_bptt import BPTT, BPTTRNN
+from keras_bptt import BPTT, BPTTRNN, RandomizedTruncation
 from keras_bptt.truncation import policy
 
 T = 7
@@ -201,7 +202,8 @@ def check_drawn(drawn):
         ]
     if not call["training"] and isinstance(theirs, Unrolled):
         call["training"] = True
-    expected = evaluate(theirs, x, "plain", **call)
+    random = isinstance(options.get("truncation"), RandomizedTruncation)
+    expected = evaluate(theirs, x, plain(mode, random), **call)
     assert_near(evaluate(ours, x, mode, **call), expected)
 
 

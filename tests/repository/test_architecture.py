@@ -10,10 +10,15 @@ import keras
 import pytest
 
 import keras_bptt
-from keras_bptt import BPTT, BPTTRNN
+from keras_bptt import BPTT, BPTTGRU, BPTTLSTM, BPTTRNN
 from keras_bptt.layers.explicit_loop import ExplicitLoop
 
 PACKAGE = pathlib.Path(keras_bptt.__file__).parent
+HOSTS = {
+    BPTTRNN: keras.layers.SimpleRNN,
+    BPTTLSTM: keras.layers.LSTM,
+    BPTTGRU: keras.layers.GRU,
+}
 
 
 def name_of(path):
@@ -144,10 +149,9 @@ def test_functions_have_one_idea():
         lines -= len((ast.get_docstring(node) or "").splitlines())
         assert lines <= 70, f"{name}.{node.name} has {lines} lines"
         taken = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
-        # Of a layer they are those of the host and the options of its own; in what users
-        # call of the reference the letters of the equations, one by one.
+        # In what users call of the reference the letters of the equations, one by one.
         public = name.startswith("reference") and not node.name.startswith("_")
-        if not public and (name, node.name) != ("layers.bptt_rnn", "__init__"):
+        if not public:
             assert taken <= 9, f"{name}.{node.name}"
 
 
@@ -162,9 +166,10 @@ def test_public_names_are_documented_with_an_example():
         assert ">>> " in inspect.getdoc(getattr(keras_bptt, name)), name
 
 
-def test_signature_begins_with_that_of_simplernn():
-    theirs = list(inspect.signature(keras.layers.SimpleRNN).parameters.values())
-    ours = list(inspect.signature(BPTTRNN).parameters.values())
+@pytest.mark.parametrize("ours", HOSTS, ids=lambda layer: layer.__name__)
+def test_signature_begins_with_that_of_the_host(ours):
+    theirs = list(inspect.signature(HOSTS[ours]).parameters.values())
+    ours = list(inspect.signature(ours).parameters.values())
     theirs = [p for p in theirs if p.kind is not inspect.Parameter.VAR_KEYWORD]
     assert [(p.name, p.default, p.kind) for p in ours[: len(theirs)]] == [
         (p.name, p.default, p.kind) for p in theirs
@@ -174,7 +179,12 @@ def test_signature_begins_with_that_of_simplernn():
 
 @pytest.mark.parametrize(
     ("layer", "module", "first"),
-    [(BPTTRNN, "bptt_rnn", 1), (BPTT, "bptt", keras.layers.GRUCell(1))],
+    [
+        (BPTTRNN, "bptt_rnn", 1),
+        (BPTTLSTM, "bptt_lstm", 1),
+        (BPTTGRU, "bptt_gru", 1),
+        (BPTT, "bptt", keras.layers.GRUCell(1)),
+    ],
 )
 def test_editors_see_the_same_arguments(layer, module, first):
     """What the stub writes out for them is what the layer takes, in its order."""
@@ -205,11 +215,19 @@ def test_editors_see_the_same_arguments(layer, module, first):
     assert own == [name for name in written if name not in {p.arg for p in theirs}]
 
 
-def test_arguments_keep_their_places():
-    """By position, as a caller of SimpleRNN may pass them."""
-    values = [5, "relu", False, "ones", "zeros", "ones", "l1", "l2"]
-    ours = BPTTRNN(*values, name="rnn").get_config()
-    assert ours == keras.layers.SimpleRNN(*values, name="rnn").get_config()
+POSITIONS = {
+    BPTTRNN: [5, "relu", False, "ones", "zeros", "ones", "l1", "l2"],
+    BPTTLSTM: [5, "relu", "tanh", False, "ones", "zeros", "ones", False, "l1", "l2"],
+    BPTTGRU: [5, "relu", "tanh", False, "ones", "zeros", "ones", "l1", "l2"],
+}
+
+
+@pytest.mark.parametrize("ours", POSITIONS, ids=lambda layer: layer.__name__)
+def test_arguments_keep_their_places(ours):
+    """By position, as a caller of the host may pass them."""
+    values = POSITIONS[ours]
+    config = HOSTS[ours](*values, name="rnn").get_config()
+    assert ours(*values, name="rnn").get_config() == config
 
 
 @pytest.mark.parametrize(
