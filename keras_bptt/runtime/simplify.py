@@ -8,6 +8,7 @@ unknown. And it makes the gradient of parts of a tensor a sum of tensors filled 
     reshape(d, its own shape)           d
     identity(t)                         t
     the sum of d_1, d_2, ..., each filled with zeros beside it    concat(d_1, d_2, ...)
+    the part of d where t stood in a concat, by the shape of t    that by numbers
 """
 
 from typing import NamedTuple
@@ -118,6 +119,21 @@ class _Rewriting:
         given, asked = operation.inputs[0].shape, _shape_in(operation.inputs[1])
         if has_rows(operation.inputs[0]) and asked == given.as_list():
             self._rename(operation.outputs[0], operation.inputs[0].name)
+
+    def _slice(self, operation):
+        """The gradient of a concat, which asks for shapes of what need not be there."""
+        d, begin, size = operation.inputs
+        place = _place_in_concat(begin, size)
+        if place is None:
+            return
+        axis, at, number = place
+        rank = len(d.shape)
+        starts, sizes = [0] * rank, [-1] * rank
+        starts[axis], sizes[axis] = at, number
+        for i, values in (1, starts), (2, sizes):
+            name = f"{operation.name}/numbers_{i}"
+            self.by_name[operation.name].input[i] = _short(self._constant(name, values))
+        self.changed = True
 
     def _addn(self, operation):
         """Parts of one tensor, side by side, and all else."""
@@ -235,10 +251,32 @@ def _short(tensor):
 
 def _shape_in(tensor):
     """The shape that a tensor of integers holds, None for the number of rows; or None."""
-    if tensor.op.type == "Shape" and has_rows(tensor.op.inputs[0]):
-        return tensor.op.inputs[0].shape.as_list()
+    if tensor.op.type in ("Shape", "ShapeN"):
+        of = tensor.op.inputs[tensor.value_index]
+        if has_rows(of) or of.shape.is_fully_defined():
+            return of.shape.as_list()
     value = tf.get_static_value(tensor)
     return None if value is None else [int(size) for size in value]
+
+
+def _place_in_concat(begin, size):
+    """(axis, place, number) of a part, where these tensors tell them of a concat; or None.
+
+    `begin` is then made of the shapes of all parts, `size` the shape of this one.
+    """
+    if begin.op.type != "ConcatOffset":
+        return None
+    axis, *shapes = begin.op.inputs
+    shapes, number = list(map(_shape_in, shapes)), _shape_in(size)
+    # It comes modulo the rank, lest it be negative.
+    axis = tf.get_static_value(axis.op.inputs[0] if axis.op.inputs else axis)
+    if axis is None or number is None or None in shapes:
+        return None
+    axis = int(axis) % len(number)
+    before = [shape[axis] for shape in shapes[: begin.value_index]]
+    if None in (number[axis], *before):
+        return None
+    return axis, sum(before), number[axis]
 
 
 def _added_over(left, right):

@@ -71,6 +71,13 @@ def parts(x):
     return [part**2 for part in (x[:, :2], x[:, 2:5], x[:, 5:])]
 
 
+def concat(x):
+    """Along each axis but that of rows, said from either end."""
+    y = tf.concat([x[:, :1], tf.sin(x), x[:, 2:4] ** 2], -1)
+    z = tf.concat([tf.stack([x, 2 * x], 2), tf.stack([x**2], 2)], 2)
+    return y**2, z**2
+
+
 def broadcast(x):
     return x * tf.reduce_mean(x, -1, keepdims=True) + tf.reduce_sum(x**2, 1)[:, None]
 
@@ -80,6 +87,7 @@ def broadcast(x):
     [
         (slices, "StridedSliceGrad"),
         (parts, "StridedSliceGrad"),
+        (concat, "ConcatOffset"),
         (broadcast, "BroadcastGradientArgs"),
     ],
 )

@@ -1,7 +1,5 @@
 """BPTTLSTM and BPTTGRU: what is of gates alone. All else is in `test_contract.py`."""
 
-import functools
-
 import keras
 import numpy as np
 import pytest
@@ -64,6 +62,7 @@ def test_gradients_are_those_of_the_reference(kind):
 TORCH = {"BPTTLSTM": "LSTM", "BPTTGRU": "GRU"}
 
 
+@pytest.mark.filterwarnings("ignore:CUDA initialization")
 @every_layer
 def test_outputs_and_gradients_are_those_of_torch(name):
     """PyTorch orders the gates of a GRU r, z, n, and has two biases of both layers."""
@@ -101,19 +100,21 @@ def test_outputs_and_gradients_are_those_of_torch(name):
     ("name", "options", "saved", "deltas"),
     [
         ("BPTTLSTM", {}, 4 * H, 4 * H),
-        ("BPTTGRU", {}, 4 * H, 4 * H),
+        ("BPTTLSTM", {"recurrent_dropout": 0.3}, 4 * H, 4 * H),
+        # Those of both sides of r, and once more the three of a side, joined.
+        ("BPTTGRU", {}, 4 * H, 6 * H),
         ("BPTTGRU", {"reset_after": False}, 3 * H, 3 * H),
     ],
     ids=str,
 )
 def test_what_is_kept_of_a_step(name, options, saved, deltas):
-    """What a derivation by hand keeps: gates, and one delta of all pre-activations."""
+    """What a derivation by hand keeps: gates, and deltas of the pre-activations."""
     layer = layer_of(name, **options)
     x, states = tf.zeros((B, T, D), "float64"), layer.get_initial_state(B)
     step = layer._step(x, states, training=True)
     shapes = step.cell.shapes(step.weights)
-    assert sum(int(np.prod(s)) for s in shapes.saved) <= saved
-    assert sum(int(np.prod(s)) for s in shapes.deltas) <= deltas
+    assert sum(int(np.prod(s)) for s in shapes.saved) == saved
+    assert sum(int(np.prod(s)) for s in shapes.deltas) == deltas
 
 
 # --- Dropout
@@ -217,7 +218,7 @@ REFUSED = {
     "dtype": (lambda z: tf.cast(z, "float32"), "keep shape and dtype"),
     "examples": (lambda z: z - tf.reduce_mean(z, 0), "each example"),
     "number": (lambda z: z - tf.reduce_mean(z), "each example"),
-    "random": (lambda z: z + tf.random.normal(tf.shape(z)), "random"),
+    "random": (lambda z: z + tf.random.normal(tf.shape(z), dtype=z.dtype), "random"),
 }
 
 
@@ -236,9 +237,9 @@ def test_activations_that_are_refused(name, which):
 @every_layer
 def test_cudnn_is_refused_in_words(name):
     layer, host = LAYERS[name], LAYERS[name].__name__.removeprefix("BPTT")
-    words = f"'auto' or False.*use_cudnn={{}}.*keras.layers.{host}"
     for value in (True, 1, "yes", None):
-        with pytest.raises(ValueError, match=words.format(value)[:60]):
+        words = f"'auto' or False.*use_cudnn={value!r}.*keras.layers.{host} for cuDNN"
+        with pytest.raises(ValueError, match=words):
             layer(H, use_cudnn=value)
     for value in ("auto", False):
         assert layer(H, use_cudnn=value).use_cudnn is False
@@ -267,8 +268,8 @@ ERRORS = {
         r"Did you mean `recurrent_activation`.*help\(keras_bptt.BPTT(LSTM|GRU)\)",
     ),
     "features": (
-        lambda make: functools.partial(make(3).call, tf.zeros((B, T)))(),
-        "batch, timesteps, features|built",
+        lambda make: make(3)(np.zeros((B, T), "float32")),
+        "takes inputs of shape .batch, timesteps, features",
     ),
     "output": (lambda make: make(3, output_activation="tanh"), "`output_units`"),
     "another cell": (
@@ -287,7 +288,7 @@ def with_cell(layer, cell):
 @every_layer
 def test_errors(name, error):
     call, words = ERRORS[error]
-    with pytest.raises((ValueError, AttributeError), match=f"(?s){words}"):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
         call(LAYERS[name])
 
 
@@ -323,11 +324,14 @@ def test_weights_of_the_host_in_a_file(name, tmp_path):
 # --- Long, in half precision
 
 
+ROUNDING = {"mixed_float16": 2**-11, "mixed_bfloat16": 2**-8}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("policy", ROUNDING)
 @every_layer
 def test_ten_thousand_steps_in_half_precision(name, policy):
-    """As near to float32 as Keras' own layer is, or nearer."""
+    """No gradient is off by more than twice what Keras' own layer's is."""
     x, errors = 0.5 * random_inputs(B, 10_000, D), []
     call = {"training": True}
     options = {"return_sequences": True, "radius": 0.3}
@@ -338,4 +342,4 @@ def test_ten_thousand_steps_in_half_precision(name, policy):
         got = evaluate(layer, x, "graph", **call)
         errors.append({key: relative_error(got[key], exact[key]) for key in exact})
     for key, error in errors[1].items():
-        assert error < max(1.2 * errors[0][key], 1e-3), (key, errors)
+        assert error < 2 * max(errors[0][key], ROUNDING[policy]), (key, errors)
