@@ -1,4 +1,4 @@
-"""BPTTRNN and its peers, made to do the same training step on the same numbers.
+"""Our layers and their peers, made to do the same training step on the same numbers.
 
 A step is the forward pass, the mean squared loss, and the gradient of every weight. Peers
 that are not installed raise ImportError when they are made.
@@ -11,12 +11,25 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt import BPTTRNN
+from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN
+
+OURS = {"RNN": BPTTRNN, "LSTM": BPTTLSTM, "GRU": BPTTGRU}
+HOSTS = {
+    "RNN": keras.layers.SimpleRNN,
+    "LSTM": keras.layers.LSTM,
+    "GRU": keras.layers.GRU,
+}
+GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
+# PyTorch's places of Keras' gates: i, f, g, o is the order of both, z, r, h is r, z, n.
+PLACES = {"RNN": [0], "LSTM": [0, 1, 2, 3], "GRU": [1, 0, 2]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is computed. `masked`: padded examples; `dropout`: the recurrent one."""
+    """What is computed. `masked`: padded examples; `dropout`: the recurrent one.
+
+    `layer`: "RNN", the plain one, "LSTM" or "GRU".
+    """
 
     batch: int
     timesteps: int
@@ -25,6 +38,7 @@ class Case:
     sequences: bool = True
     masked: bool = False
     dropout: float = 0.0
+    layer: str = "RNN"
 
     @property
     def shape(self):
@@ -33,7 +47,7 @@ class Case:
     @property
     def multiply_adds(self):
         """Of the products x W and h U, delta U^T, x^T delta and h^T delta."""
-        steps = self.batch * self.timesteps
+        steps = self.batch * self.timesteps * GATES[self.layer]
         return steps * (2 * self.features * self.units + 3 * self.units**2)
 
     def __str__(self):
@@ -43,9 +57,10 @@ class Case:
 
 
 def problem(case, seed=0):
-    """Inputs, targets, mask and weights; U has a spectral radius near 1."""
+    """Inputs, targets, mask and weights; the U of a gate has a spectral radius near 1."""
     rng = np.random.default_rng(seed)
     batch, timesteps, features, units = case.shape
+    wide = GATES[case.layer] * units
     lengths = rng.integers(timesteps // 2, timesteps + 1, size=(batch, 1))
     return {
         "x": rng.normal(size=(batch, timesteps, features)).astype("float32"),
@@ -54,9 +69,12 @@ def problem(case, seed=0):
         ).astype("float32"),
         "mask": np.arange(timesteps) < lengths if case.masked else None,
         "weights": [
-            rng.normal(0, features**-0.5, (features, units)).astype("float32"),
-            rng.normal(0, units**-0.5, (units, units)).astype("float32"),
-            rng.normal(0, 0.1, units).astype("float32"),
+            rng.normal(0, features**-0.5, (features, wide)).astype("float32"),
+            rng.normal(0, units**-0.5, (units, wide)).astype("float32"),
+            # Keras' GRU has a bias on either side of its reset gate.
+            rng.normal(0, 0.1, (2, wide) if case.layer == "GRU" else wide).astype(
+                "float32"
+            ),
         ],
     }
 
@@ -91,29 +109,61 @@ def keras_step(layer_class, xla=False, **options):
 
 
 def torch_step(case, data):
-    """The same step with torch.nn.RNN, batch first; its second bias stays zero."""
+    """The same step with torch.nn's layer, batch first, with all cores."""
     import torch
 
     _refuse(case, masked=True)
     torch.set_num_threads(os.cpu_count())
-    W, U, b = (torch.from_numpy(weight) for weight in data["weights"])
-    rnn = torch.nn.RNN(case.features, case.units, batch_first=True)
+    W, U, b = map(torch.from_numpy, data["weights"])
+    b_x, b_h = b if b.ndim == 2 else (b, torch.zeros_like(b))
+    places = torch.tensor(PLACES[case.layer])  # which are their own inverse
+    layer = getattr(torch.nn, case.layer)(case.features, case.units, batch_first=True)
+
+    def ordered(weight):
+        """With the gates, along its first axis, in the other order."""
+        gates = weight.reshape(len(places), case.units, *weight.shape[1:])
+        return gates[places].reshape(weight.shape)
+
     with torch.no_grad():
-        rnn.weight_ih_l0.copy_(W.T)
-        rnn.weight_hh_l0.copy_(U.T)
-        rnn.bias_ih_l0.copy_(b)
-        rnn.bias_hh_l0.zero_()
+        pairs = zip(layer.parameters(), (W.T, U.T, b_x, b_h), strict=True)
+        for parameter, weight in pairs:
+            parameter.copy_(ordered(weight))
     x, y = torch.from_numpy(data["x"]), torch.from_numpy(data["y"])
 
     def step():
-        rnn.zero_grad()
-        h = rnn(x)[0]
+        layer.zero_grad()
+        h = layer(x)[0]
         loss = (((h if case.sequences else h[:, -1]) - y) ** 2).mean()
         loss.backward()
-        W, U, b = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0
-        return [W.grad.numpy().T, U.grad.numpy().T, b.grad.numpy()]
+        W, U, b_x, b_h = (ordered(p.grad).numpy() for p in layer.parameters())
+        return [W.T, U.T, b_x if b.ndim == 1 else np.stack([b_x, b_h])]
 
     return step
+
+
+def jax_cell(layer, U, b_h):
+    """(states, projection of x) -> states, h first."""
+    import jax
+    import jax.numpy as jnp
+
+    sigmoid, tanh = jax.nn.sigmoid, jnp.tanh
+
+    def rnn(states, p):
+        return (tanh(p + states[0] @ U),)
+
+    def lstm(states, p):
+        h, c = states
+        i, f, g, o = jnp.split(p + h @ U, 4, axis=-1)
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        return sigmoid(o) * tanh(c), c
+
+    def gru(states, p):
+        (h,) = states
+        p, q = (jnp.split(t, 3, axis=-1) for t in (p, h @ U + b_h))
+        z, r = sigmoid(p[0] + q[0]), sigmoid(p[1] + q[1])
+        return (z * h + (1 - z) * tanh(p[2] + r * q[2]),)
+
+    return {"RNN": rnn, "LSTM": lstm, "GRU": gru}[layer]
 
 
 def jax_step(case, data):
@@ -125,16 +175,22 @@ def jax_step(case, data):
 
     def loss(weights, x, y, mask):
         W, U, b = weights
+        b, b_h = b if b.ndim == 2 else (b, None)
+        cell = jax_cell(case.layer, U, b_h)
 
-        def cell(h, inputs):
-            z, m = inputs
-            new = jnp.tanh(z + h @ U)
-            h = new if m is None else jnp.where(m[:, None], new, h)
-            return h, h
+        def step(states, inputs):
+            p, m = inputs
+            new = cell(states, p)
+            if m is not None:
+                pairs = zip(new, states, strict=True)
+                new = tuple(jnp.where(m[:, None], a, b) for a, b in pairs)
+            return new, new[0]
 
-        z = jnp.swapaxes(x, 0, 1) @ W + b
+        p = jnp.swapaxes(x, 0, 1) @ W + b
         m = None if mask is None else mask.T
-        last, h = jax.lax.scan(cell, jnp.zeros((x.shape[0], U.shape[0])), (z, m))
+        zeros = jnp.zeros((x.shape[0], U.shape[0]))
+        states = (zeros,) * (2 if case.layer == "LSTM" else 1)
+        (last, *_), h = jax.lax.scan(step, states, (p, m))
         h = jnp.swapaxes(h, 0, 1) if case.sequences else last
         return jnp.mean((h - y) ** 2)
 
@@ -151,17 +207,23 @@ def _refuse(case, masked):
         raise ImportError("it has no such option")
 
 
-# The default first: what a user gets who swaps the name and compiles nothing.
+def contestants_of(layer):
+    """The default first: what a user gets who swaps the name and compiles nothing."""
+    ours, host = OURS[layer], HOSTS[layer]
+    return {
+        ours.__name__: keras_step(ours),
+        f"{ours.__name__}, XLA": keras_step(ours, xla=True),
+        f"{ours.__name__}, jit_compile=False": keras_step(ours, jit_compile=False),
+        f"{host.__name__}, graph": keras_step(host),
+        f"{host.__name__}, XLA": keras_step(host, xla=True),
+        f"torch.nn.{layer}": torch_step,
+        "JAX scan": jax_step,
+    }
+
+
 DEFAULT = "BPTTRNN"
-CONTESTANTS = {
-    DEFAULT: keras_step(BPTTRNN),
-    "BPTTRNN, XLA": keras_step(BPTTRNN, xla=True),
-    "BPTTRNN, jit_compile=False": keras_step(BPTTRNN, jit_compile=False),
-    "SimpleRNN, graph": keras_step(keras.layers.SimpleRNN),
-    "SimpleRNN, XLA": keras_step(keras.layers.SimpleRNN, xla=True),
-    "torch.nn.RNN": torch_step,
-    "JAX scan": jax_step,
-}
+CONTESTANTS = contestants_of("RNN")
+ALL = {"RNN": CONTESTANTS} | {layer: contestants_of(layer) for layer in ("LSTM", "GRU")}
 TOLERANCE = 1e-5
 
 
@@ -176,19 +238,20 @@ def largest_difference(given, wanted):
 def contestants(case, names=None):
     """The steps of those who are installed, by name; and a line for each other one.
 
-    All must agree with SimpleRNN on the gradients. (XLA draws other dropout masks from the
+    All must agree with the layer of Keras on the gradients. (XLA draws other masks from the
     same seed, and is not compared there.) The third result is the largest difference.
     """
     data = problem(case)
     steps, missing = {}, []
-    for name in names or CONTESTANTS:
+    known = ALL[case.layer]
+    for name in names or known:
         try:
-            steps[name] = CONTESTANTS[name](case, data)
+            steps[name] = known[name](case, data)
         except ImportError as error:
             missing.append(f"{name}: not measured, {error}")
     # Once each, before any other call: the seed makes the first dropout masks the same.
     gradients = {name: step() for name, step in steps.items()}
-    judge = "SimpleRNN, graph"
+    judge = f"{HOSTS[case.layer].__name__}, graph"
     worst = 0.0
     for name, given in gradients.items():
         if case.dropout and "XLA" in name:
