@@ -535,6 +535,43 @@ BREAKS = {
             lambda self, w, x, point, d, *rest: (self, w, x, point, turned(d), *rest)
         ),
     ),
+    # The steps of LSTM and GRU.
+    "a cell state that fades": Break(
+        "LSTM",
+        "cells.lstm.LSTM.__call__",
+        takes(
+            lambda self, x, states, *rest: (
+                self,
+                x,
+                [states[0], 0.9 * states[1]],
+                *rest,
+            )
+        ),
+    ),
+    "an output of the cell state before": Break(
+        "LSTM",
+        "cells.lstm.LSTM.__call__",
+        gives(lambda found: (tf.tanh(found[1][1]) * found[0], found[1])),
+    ),
+    "a reset gate on the other side": Break(
+        "GRU",
+        "cells.gru.GRU._reset_before",
+        lambda _: (
+            lambda self, p, h, U, b, factors: self._reset_after(p, h, U, b, factors)
+        ),
+    ),
+    "factors of one gate for all": Break(
+        "GRU",
+        "cells.gru.of_gates",
+        takes(
+            lambda rows, kernel, factors, number: (
+                rows,
+                kernel,
+                list(factors[:1]) * len(factors),
+                number,
+            )
+        ),
+    ),
     "factors of another example": Break(
         "any cell, dropout",
         DERIVED + "_Lead.spread",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_bptt
 import test_clipping
+import test_contract
 import test_explicit
 import test_general_cells
 import test_half_precision
@@ -31,6 +32,7 @@ from test_windows_second_order import (
 )
 
 import keras_bptt.engine.blocks
+from keras_bptt.layers import compiled_step
 
 
 def check_half(numbers):
@@ -41,6 +43,15 @@ def check_half(numbers):
     for name in ("kernel", "bias"):
         expected = np.full(got[name].shape, 64 * test_half_precision.B * steps)
         np.testing.assert_array_equal(got[name], expected)
+
+
+def check_gated(name, **options):
+    """Steps of functions of Keras are traced once, broken or not."""
+    compiled_step._of_keras.cache_clear()
+    try:
+        test_contract.check(name, options, mask=test_contract.MASK)
+    finally:
+        compiled_step._of_keras.cache_clear()
 
 
 def call(check, *args, **named):
@@ -96,6 +107,10 @@ CHECKS = {
     ),
     "any cell": call(test_bptt.check, "weight_norm", mask=test_bptt.MASK),
     "any cell, dropout": call(test_bptt.check_dropout, test_bptt.DROPPING["a stack"]),
+    "LSTM": call(check_gated, "BPTTLSTM"),
+    "GRU": call(
+        check_gated, "BPTTGRU", reset_after=False, recurrent_dropout=0.4, seed=3
+    ),
     "half precision": call(check_half, 2**20),
     "half precision, blocks": call(check_half, 1),
 }
