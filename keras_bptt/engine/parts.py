@@ -10,8 +10,9 @@ import tensorflow as tf
 from keras_bptt.runtime.execution import cores, within_xla
 from keras_bptt.runtime.tensors import mapped, size_of, widened
 
-# Measured on two cores. Multiply-adds of a step above which XLA itself shares the product.
-SHARED_PRODUCT = 2**23
+# Measured on two cores, with kernels of 16k to 4M numbers. Multiply-adds of a row, as many as
+# its kernel has numbers, above which cores had better read one kernel together: 8 MB.
+SHARED_KERNEL = 2**21
 # Multiply-adds of a pass: below, it takes no longer than what the parts cost.
 LEAST_WORK = 2**24
 # Examples of a part: a product of fewer rows is slower for each. Parts: more are untried.
@@ -30,8 +31,8 @@ def parts_of(x, cost, jit_compile):
         return 1
     batch = USUAL_BATCH if x.shape[0] is None else x.shape[0]
     steps = USUAL_STEPS if x.shape[1] is None else x.shape[1]
-    step = batch * cost.products
-    if step > SHARED_PRODUCT or step * steps < LEAST_WORK:
+    work = batch * steps * cost.products
+    if cost.products > SHARED_KERNEL or work < LEAST_WORK:
         return 1
     return max(1, min(cores(), MOST_PARTS, batch // FEWEST_EXAMPLES))
 
