@@ -1,14 +1,35 @@
-"""A trained model of SimpleRNN as one of BPTTRNN, and back: wherever the layer is."""
+"""A trained model of Keras' layers as one of this package's, and back: wherever they are.
+
+Most tests take SimpleRNN, LSTM and GRU in turn, of which some are slow; the tests of what
+no layer has to do with, such as preprocessing, take SimpleRNN alone.
+"""
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import FLOAT32, B, D, H, T, relative_error, rng, without_graphs
+from helpers import FLOAT32, B, D, H, T, few, relative_error, rng, without_graphs
 from keras import layers
 
-from keras_bptt import BPTTRNN, RandomizedTruncation, Truncation, convert
+from keras_bptt import (
+    BPTTGRU,
+    BPTTLSTM,
+    BPTTRNN,
+    RandomizedTruncation,
+    Truncation,
+    convert,
+)
 from keras_bptt.layers.inside import layers_inside
+
+HOSTS = {BPTTRNN: layers.SimpleRNN, BPTTLSTM: layers.LSTM, BPTTGRU: layers.GRU}
+OURS = {host: layer for layer, host in HOSTS.items()}
+
+
+@pytest.fixture(autouse=True)
+def _without_gpu(monkeypatch):
+    """Where there is one, `convert` warns, and a warning is an error here."""
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [])
+
 
 # Two sums of the same numbers in float32, in another order.
 SAME = 1e-6
@@ -39,58 +60,79 @@ class Residual(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="test_convert")
+class OwnLSTM(layers.LSTM):
+    """Of which nobody knows what else it computes."""
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
 def squared_error(y, prediction):
     return tf.reduce_mean(tf.square(y - prediction), axis=-1)
 
 
-def plain():
-    return [layers.SimpleRNN(H, activation="relu"), layers.Dense(2)]
+def plain(host):
+    return [host(H, activation="relu"), layers.Dense(2)]
 
 
-def many():
+def many(host):
     """Masks, states that go from layer to layer, a layer that is called twice."""
     x = keras.Input((None, D))
-    twice = layers.SimpleRNN(H, return_sequences=True, zero_output_for_mask=True)
+    twice = host(H, return_sequences=True, zero_output_for_mask=True)
     h = twice(layers.Masking(0.0)(x))
     h = twice(layers.Dense(D)(h))
-    h, state = layers.SimpleRNN(7, return_sequences=True, return_state=True)(h)
-    last = layers.SimpleRNN(7, go_backwards=True, dropout=0.1)(h, initial_state=state)
-    return keras.Model(x, layers.Concatenate()([last, layers.Dense(2)(state)]))
+    h, *states = host(7, return_sequences=True, return_state=True)(h)
+    last = host(7, go_backwards=True, dropout=0.1)(h, initial_state=states)
+    return keras.Model(x, layers.Concatenate()([last, layers.Dense(2)(states[-1])]))
 
 
-def inner():
-    body = [keras.Input((None, D)), layers.SimpleRNN(H, return_sequences=True)]
-    return [keras.Sequential(body), layers.BatchNormalization(), *plain()]
+def inner(host):
+    body = [keras.Input((None, D)), host(H, return_sequences=True)]
+    return [keras.Sequential(body), layers.BatchNormalization(), *plain(host)]
 
 
+# Each made of a class of Keras.
 MODELS = {
     "plain": plain,
     "masks, states, shared": many,
-    "Bidirectional": lambda: [
-        layers.Bidirectional(layers.SimpleRNN(H, recurrent_dropout=0.2), "mul"),
+    "Bidirectional": lambda host: [
+        layers.Bidirectional(host(H, recurrent_dropout=0.2), "mul"),
         layers.Dense(3),
     ],
-    "two directions": lambda: [
-        layers.Bidirectional(
-            layers.SimpleRNN(H), backward_layer=layers.SimpleRNN(5, go_backwards=True)
-        )
+    "two directions": lambda host: [
+        layers.Bidirectional(host(H), backward_layer=host(5, go_backwards=True))
     ],
-    "TimeDistributed": lambda: [
+    "TimeDistributed": lambda host: [
         layers.Reshape((-1, 1, D)),
-        layers.TimeDistributed(layers.SimpleRNN(H)),
+        layers.TimeDistributed(host(H)),
     ],
     "a model inside": inner,
-    "a layer inside": lambda: [Residual(layers.SimpleRNN(D, return_sequences=True))],
-    "float64": lambda: [layers.SimpleRNN(H, dtype="float64", use_bias=False)],
+    "a layer inside": lambda host: [Residual(host(D, return_sequences=True))],
+    "float64": lambda host: [host(H, dtype="float64", use_bias=False)],
 }
 
 
-def model_of(name):
+def each_host(*slow):
+    """The classes of Keras; those that are named take long, together."""
+    hosts = few([(host,) for host in OURS], lambda host: host.__name__ not in slow)
+    return pytest.mark.parametrize("host", hosts, ids=[h.__name__ for h in OURS])
+
+
+def each_model(*fast):
+    """The models of each class; for GRU, and LSTM but for those that are named, slow."""
+    cases = [(name, host) for name in MODELS for host in OURS]
+    names = [f"{name}-{host.__name__}" for name, host in cases]
+    quick = {layers.SimpleRNN: MODELS, layers.LSTM: fast, layers.GRU: ()}
+    chosen = few(cases, lambda name, host: name in quick[host])
+    return pytest.mark.parametrize(("name", "host"), chosen, ids=names)
+
+
+def model_of(name, host=layers.SimpleRNN):
     keras.utils.set_random_seed(3)
-    parts = MODELS[name]()
-    if isinstance(parts, keras.Model):
-        return parts
-    return keras.Sequential([keras.Input((None, D)), *parts])
+    model = MODELS[name](host)
+    if not isinstance(model, keras.Model):
+        model = keras.Sequential([keras.Input((None, D)), *model])
+    if host is not layers.SimpleRNN:  # else gates near 1/2 make outputs small
+        model.set_weights([2 * w for w in model.get_weights()])
+    return model
 
 
 def data():
@@ -99,12 +141,15 @@ def data():
     return x
 
 
+RECURRENT = {each.__name__ for each in (*HOSTS, *OURS)}
+
+
 def recurrent(node):
     """The class names of all recurrent layers in a serialized model."""
     if isinstance(node, dict):
         found = [name for value in node.values() for name in recurrent(value)]
         name = node.get("class_name")
-        return found + [name] * (name in ("SimpleRNN", "BPTTRNN"))
+        return found + [name] * (name in RECURRENT)
     if isinstance(node, list | tuple):
         return [name for value in node for name in recurrent(value)]
     return []
@@ -115,17 +160,17 @@ def classes(model):
 
 
 @without_graphs()
-@pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(name):
-    model, x = model_of(name), data()
+@each_model("masks, states, shared", "Bidirectional")
+def test_there_and_back(name, host):
+    model, x = model_of(name, host), data()
     expected = model(x)
     assert np.std(expected) > 0.1
     there = convert(model, truncation=2)
-    back = convert(there, to=layers.SimpleRNN)
+    back = convert(there, to=host)
     assert [classes(m) for m in (model, there, back)] == [
-        {"SimpleRNN"},
-        {"BPTTRNN"},
-        {"SimpleRNN"},
+        {host.__name__},
+        {OURS[host].__name__},
+        {host.__name__},
     ]
     assert [layer.name for layer in there.layers] == [m.name for m in model.layers]
     assert relative_error(there(x), expected) < SAME
@@ -136,19 +181,23 @@ def test_there_and_back(name):
     np.testing.assert_array_equal(model(x), expected)
 
 
-def test_back_to_the_same_configuration():
-    model = model_of("Bidirectional")
-    there = convert(model, truncation=3, checkpoint_every="sqrt", jit_compile=False)
-    back = convert(there, to=layers.SimpleRNN)
-    assert back.get_config() == model.get_config()
+@each_host()
+def test_back_to_the_same_configuration(host):
+    model = model_of("Bidirectional", host)
+    options = {"checkpoint_every": "sqrt", "adjoint_max_growth": 2}
+    there = convert(model, truncation=3, jit_compile=False, **options)
+    for to in host, "keras":
+        assert convert(there, to=to).get_config() == model.get_config()
 
 
-def test_options_are_those_of_every_layer():
-    model = model_of("Bidirectional")
+@each_host()
+def test_options_are_those_of_every_layer(host):
+    model = model_of("Bidirectional", host)
     options = {
         "truncation": Truncation(4, 2),
         "checkpoint_every": 3,
         "adjoint_clipnorm": 0.5,
+        "adjoint_max_growth": 2,
         "jit_compile": False,
     }
     both = convert(model, **options).layers[0]
@@ -177,6 +226,159 @@ def test_layers_that_are_there_already_get_the_options_too():
     assert [layer.truncation for layer in there.layers] == [Truncation(7), None]
 
 
+def of_all_kinds():
+    """And two layers that are of another kind, whatever they compute."""
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((None, D)),
+            layers.SimpleRNN(H, return_sequences=True, name="plain"),
+            layers.Bidirectional(layers.LSTM(5, return_sequences=True), name="both"),
+            layers.RNN(layers.LSTMCell(4), return_sequences=True, name="cell"),
+            OwnLSTM(3, return_sequences=True, name="own"),
+            layers.GRU(4, reset_after=False, name="last"),
+        ]
+    )
+
+
+def kinds(model):
+    """The class of each layer; of a Bidirectional those of both its layers."""
+    found = []
+    for layer in model.layers:
+        pair = [
+            getattr(layer, f"{way}_layer", layer) for way in ("forward", "backward")
+        ]
+        assert type(pair[0]) is type(pair[1])
+        found.append(type(pair[0]))
+    return found
+
+
+OTHERS = [layers.RNN, OwnLSTM]
+
+
+@without_graphs()
+def test_every_kind_at_once():
+    model, x = of_all_kinds(), data()
+    model.set_weights([2 * w for w in model.get_weights()])
+    ours, expected = [BPTTRNN, BPTTLSTM, *OTHERS, BPTTGRU], model(x)
+    assert np.std(expected) > 0.1
+    there = convert(model)
+    assert kinds(there) == ours
+    assert relative_error(there(x), expected) < SAME
+    window = convert(there, truncation=2)
+    assert kinds(window) == ours
+    found = [each for _, each in layers_inside(window) if type(each) in HOSTS]
+    assert [each.truncation for each in found] == [Truncation(2)] * 4
+    back = convert(window, to="keras")
+    assert kinds(back) == kinds(model)
+    assert back.get_config() == model.get_config()
+    assert relative_error(back(x), expected) < SAME
+
+
+@pytest.mark.parametrize(
+    "layer", few([(layer,) for layer in HOSTS], lambda layer: layer is not BPTTGRU)
+)
+def test_one_kind_alone(layer):
+    """Of a class that is named; options go to no other."""
+    model = of_all_kinds()
+    theirs = kinds(model)
+    ours = [OURS.get(each, each) for each in theirs]
+    expected = [layer if OURS.get(each) is layer else each for each in theirs]
+    there = convert(convert(model, to=layer), to=layer, adjoint_clipnorm=0.5)
+    assert kinds(there) == expected
+    there = convert(
+        convert(model, adjoint_clipnorm=0.1), to=layer, adjoint_clipnorm=0.5
+    )
+    for _, each in layers_inside(there):
+        if type(each) in HOSTS:
+            assert each.adjoint_clipnorm == (0.5 if type(each) is layer else 0.1)
+    back = convert(there, to=HOSTS[layer])
+    assert kinds(back) == [HOSTS[layer] if each is layer else each for each in ours]
+
+
+@each_host("SimpleRNN", "GRU")
+@without_graphs()
+def test_encoder_and_decoder(host):
+    """The states of one are those that the other begins with: h and c of an LSTM."""
+    x, y = keras.Input((None, D)), keras.Input((None, 2))
+    _, *states = host(H, return_state=True, name="encoder")(x)
+    decoder = host(H, return_sequences=True, name="decoder")
+    h = decoder(y, initial_state=states)
+    model = keras.Model([x, y], layers.Dense(2, "softmax")(h))
+    model.set_weights([rng(8).normal(size=w.shape) for w in model.get_weights()])
+    inputs = [data(), rng(5).normal(size=(B, T, 2)).astype("float32")]
+    there = convert(model, checkpoint_every=2)
+    assert classes(there) == {OURS[host].__name__}
+    expected = model(inputs)
+    for copy in there, convert(there, to="keras"):
+        assert relative_error(copy(inputs), expected) < SAME
+        assert relative_error(copy([0 * inputs[0], inputs[1]]), expected) > 0.1
+
+
+@each_host()
+@without_graphs()
+def test_a_stateful_layer_begins_anew(host):
+    x = keras.Input((None, D), batch_size=B)
+    model = keras.Model(x, host(H, stateful=True)(x))
+    first, second = (model(data()).numpy() for _ in range(2))
+    assert relative_error(second, first) > 0.05
+    there = convert(model)
+    assert there.layers[1].stateful
+    assert relative_error(there(data()), first) < SAME
+    assert relative_error(there(data()), second) < SAME
+
+
+def test_what_no_configuration_holds():
+    """Two arguments of LSTM and GRU; the layers of this package have no use for either."""
+    layer = layers.LSTM(3, use_cudnn=False, implementation=1)
+    there = convert(layer)
+    assert there.use_cudnn is False  # as every layer of this package has it
+    back = convert(there, to="keras")
+    assert back.use_cudnn == "auto" and back.cell.implementation == 2
+    mixed = keras.Sequential([layer, layers.SimpleRNN(2)])
+    assert convert(mixed, to=BPTTRNN).layers[0].use_cudnn == "auto"
+    assert layer.use_cudnn is False and layer.cell.implementation == 1
+
+
+# Of the layers of Keras: what their pages say cuDNN can compute.
+CUDNN = {
+    "LSTM": (lambda: layers.LSTM(3, name="one"), "one"),
+    "GRU": (lambda: layers.GRU(3, name="one"), "one"),
+    "use_cudnn=True": (lambda: layers.LSTM(3, use_cudnn=True, name="one"), "one"),
+    "Bidirectional": (
+        lambda: layers.Bidirectional(layers.LSTM(3, dropout=0.1, name="one")),
+        "forward_one, backward_one",
+    ),
+    "SimpleRNN": (lambda: layers.SimpleRNN(3), None),
+    "use_cudnn=False": (lambda: layers.LSTM(3, use_cudnn=False), None),
+    "activation": (lambda: layers.LSTM(3, activation="relu"), None),
+    "gates": (lambda: layers.LSTM(3, recurrent_activation="hard_sigmoid"), None),
+    "no bias": (lambda: layers.GRU(3, use_bias=False), None),
+    "unroll": (lambda: layers.GRU(3, unroll=True), None),
+    "dropout": (lambda: layers.LSTM(3, recurrent_dropout=0.1), None),
+    "reset_after": (lambda: layers.GRU(3, reset_after=False), None),
+    "option": (lambda: BPTTLSTM(3), None),
+}
+
+
+@pytest.mark.parametrize("name", CUDNN)
+def test_that_the_copy_runs_no_cudnn_is_said_where_there_is_a_gpu(name, monkeypatch):
+    make, names = CUDNN[name]
+    model = keras.Sequential([make()], name="net")
+    convert(model, unroll=2)  # pytest makes an error of every warning
+    visible = {"GPU": ["one"], "CPU": ["one"]}
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: visible[kind])
+    if names is None:
+        there = convert(model, unroll=2)
+    else:
+        words = f"GPU.* Keras runs {names} of 'net' with cuDNN.* not been measured"
+        with pytest.warns(UserWarning, match=words) as raised:
+            there = convert(model, unroll=2)
+        assert len(raised) == 1 and raised[0].filename == __file__
+    convert(there, to="keras")
+    convert(there, truncation=2)
+
+
 CHANGES = {
     "truncation": (Truncation(3, 1), Truncation(2)),
     "checkpoint_every": (4, "sqrt"),
@@ -186,10 +388,11 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@each_host("LSTM", "GRU")
 @without_graphs()
-def test_an_option_alone_changes(name):
+def test_an_option_alone_changes(name, host):
     """Everywhere in the model; the others stay, and so do outputs and configuration."""
-    model, x = convert(model_of("Bidirectional")), data()
+    model, x = convert(model_of("Bidirectional", host)), data()
     for value in (*CHANGES[name], {"jit_compile": "auto"}.get(name)):
         before = model.layers[0].forward_layer.get_config()
         model = convert(model, **{name: value})
@@ -199,26 +402,28 @@ def test_an_option_alone_changes(name):
         before.pop(name, None), after.pop(name, None)
         assert after == before
         if value is not True:
-            expected = model_of("Bidirectional")
+            expected = model_of("Bidirectional", host)
             expected.set_weights(model.get_weights())
             assert relative_error(model(x), expected(x)) < SAME
     assert name not in model.layers[0].forward_layer.get_config()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model()
 @without_graphs()
-def test_an_option_alone_changes_wherever_the_layer_is(name):
-    model, x = convert(model_of(name)), data()
+def test_an_option_alone_changes_wherever_the_layer_is(name, host):
+    model, x = convert(model_of(name, host)), data()
     there = convert(model, adjoint_clipnorm=0.07)
-    found = [each for _, each in layers_inside(there) if type(each) is BPTTRNN]
+    found = [each for _, each in layers_inside(there) if type(each) is OURS[host]]
     assert found and {each.adjoint_clipnorm for each in found} == {0.07}
     assert relative_error(there(x), model(x)) < SAME
-    found = [each for _, each in layers_inside(model) if type(each) is BPTTRNN]
+    found = [each for _, each in layers_inside(model) if type(each) is OURS[host]]
     assert {each.adjoint_clipnorm for each in found} == {None}
 
 
-def test_an_output_layer_stays():
-    layer = BPTTRNN(H, output_units=2, output_activation="sigmoid", dropout=0.1)
+@each_host("GRU")
+@without_graphs()
+def test_an_output_layer_stays(host):
+    layer = OURS[host](H, output_units=2, output_activation="sigmoid", dropout=0.1)
     model, x = keras.Sequential([keras.Input((None, D)), layer]), data()
     there = convert(model, truncation=2, unroll=3)
     assert there.layers[0].output_layer.units == 2
@@ -260,9 +465,10 @@ def test_training_goes_on_with_the_option():
 
 
 @pytest.mark.parametrize("unroll", [1, 3, True, False])
+@each_host("LSTM", "GRU")
 @without_graphs()
-def test_unroll_alone_changes(unroll):
-    body = [keras.Input((T, D)), layers.SimpleRNN(H), layers.Dense(2)]
+def test_unroll_alone_changes(unroll, host):
+    body = [keras.Input((T, D)), host(H), layers.Dense(2)]
     model, x = keras.Sequential(body), data()
     there = convert(convert(model, unroll=2), unroll=unroll)
     assert there.layers[0].get_config()["unroll"] is unroll or unroll == 3
@@ -270,9 +476,9 @@ def test_unroll_alone_changes(unroll):
     assert relative_error(there(x), model(x)) < SAME
     if isinstance(unroll, bool):
         for each in (model, there):
-            back = convert(each, to=layers.SimpleRNN, unroll=unroll)
+            back = convert(each, to=host, unroll=unroll)
             assert back.layers[0].unroll is unroll
-            assert classes(back) == {"SimpleRNN"}
+            assert classes(back) == {host.__name__}
             assert relative_error(back(x), model(x)) < SAME
 
 
@@ -288,34 +494,49 @@ def test_one_step_an_iteration_for_onnx():
     assert nodes.count("TensorListSetItem") == 1
 
 
-def test_number_of_steps_an_iteration():
-    """SimpleRNN would take it for all of them, of which there is no known number."""
-    layer = BPTTRNN(H, unroll=3)
+@each_host()
+def test_number_of_steps_an_iteration(host):
+    """Keras would take it for all of them, of which there is no known number."""
+    layer = OURS[host](H, unroll=3)
     model = keras.Sequential([keras.Input((None, D)), layer])
-    back = convert(model, to=layers.SimpleRNN)
+    back = convert(model, to=host)
     assert back.layers[0].unroll is False
-    known = keras.Sequential([keras.Input((T, D)), BPTTRNN(H, unroll=True)])
-    assert convert(known, to=layers.SimpleRNN).layers[0].unroll is True
+    known = keras.Sequential([keras.Input((T, D)), OURS[host](H, unroll=True)])
+    assert convert(known, to=host).layers[0].unroll is True
 
 
-@pytest.mark.parametrize("loss", ["mse", squared_error], ids=["Keras", "own"])
-def test_training_goes_on(loss):
-    """Weights, what `compile` was told and the optimizer's moments: the same next steps."""
-    model, x = model_of("plain"), data()
+@pytest.mark.parametrize(
+    ("host", "loss"),
+    few(
+        [(host, loss) for host in OURS for loss in ("mse", squared_error)],
+        lambda host, loss: (
+            (host, loss) in [(layers.SimpleRNN, squared_error), (layers.LSTM, "mse")]
+        ),
+    ),
+)
+def test_training_goes_on(host, loss):
+    """Weights, what `compile` was told and the optimizer's moments: the same next steps.
+
+    And back in Keras' layer again.
+    """
+    model, x = model_of("plain", host), data()
     y = rng(2).normal(size=(B, 2)).astype("float32")
     optimizer = keras.optimizers.Adam(0.01)
     model.compile(optimizer, loss, metrics=["mae"], run_eagerly=True)
     model.fit(x, y, epochs=2, verbose=0)
     there = convert(model)
+    back = convert(there, to="keras")
     assert there.optimizer.iterations.numpy() == 2
-    histories = [m.fit(x, y, epochs=3, verbose=0).history for m in (model, there)]
-    assert histories[0].keys() == histories[1].keys() == {"loss", "mae"}
+    models = (model, convert(there, jit_compile=False), back)
+    histories = [m.fit(x, y, epochs=3, verbose=0).history for m in models]
     assert histories[0]["loss"][-1] < histories[0]["loss"][0]
-    for name, values in histories[0].items():
-        assert relative_error(histories[1][name], values) < FLOAT32
-    # Moments of zero would take steps of another size.
-    for ours, theirs in zip(there.get_weights(), model.get_weights(), strict=True):
-        assert relative_error(ours, theirs) < FLOAT32
+    for copy, history in zip(models[1:], histories[1:], strict=True):
+        assert history.keys() == histories[0].keys() == {"loss", "mae"}
+        for name, values in histories[0].items():
+            np.testing.assert_allclose(history[name], values, rtol=1e-6)
+        # Moments of zero would take steps of another size.
+        for ours, theirs in zip(copy.get_weights(), model.get_weights(), strict=True):
+            assert relative_error(ours, theirs) < FLOAT32
 
 
 def test_an_optimizer_of_other_weights():
@@ -337,11 +558,13 @@ def test_neither_built_nor_compiled():
     assert there(data()).shape == (B, H)
 
 
-def test_one_layer():
-    layer = layers.SimpleRNN(H)
+@each_host()
+@without_graphs()
+def test_one_layer(host):
+    layer = host(H)
     layer.build((None, None, D))
     there = convert(layer)
-    assert type(there) is BPTTRNN
+    assert type(there) is OURS[host]
     assert relative_error(there(data()), layer(data())) < SAME
 
 
@@ -352,12 +575,15 @@ def test_lambdas():
     assert relative_error(convert(model)(data()), model(data())) < SAME
 
 
-def test_weights_file_of_the_other_class(tmp_path):
-    """Which BPTTRNN cannot load: through a model of SimpleRNN and `convert`."""
-    model, empty = model_of("plain"), model_of("plain")
+@each_host()
+@without_graphs()
+def test_weights_file_of_the_other_class(host, tmp_path):
+    """Which our layer cannot load: through a model of Keras' and `convert`."""
+    model, empty = model_of("plain", host), model_of("plain", host)
     empty.set_weights([0 * w for w in empty.get_weights()])
     model.save_weights(tmp_path / "model.weights.h5")
-    with pytest.raises(ValueError, match="made of SimpleRNN.*keras_bptt.convert"):
+    words = f"made of {host.__name__}, then take keras_bptt.convert"
+    with pytest.raises(ValueError, match=words):
         convert(empty).load_weights(tmp_path / "model.weights.h5")
     empty.load_weights(tmp_path / "model.weights.h5")
     assert relative_error(convert(empty)(data()), model(data())) < SAME
@@ -412,8 +638,17 @@ class MadeInside(layers.Layer):
         return self.rnn(x)
 
 
-def lstm():
+def neither():
+    """Recurrent layers that are not converted."""
+    cell = layers.RNN(layers.LSTMCell(3), return_sequences=True)
+    return keras.Sequential([keras.Input((None, D)), cell, OwnLSTM(2)])
+
+
+def gated():
     return keras.Sequential([keras.Input((None, D)), layers.LSTM(3), layers.Dense(2)])
+
+
+ALL = "a SimpleRNN, an LSTM or a GRU", "a BPTTRNN, a BPTTLSTM or a BPTTGRU"
 
 
 @pytest.mark.parametrize(
@@ -425,10 +660,20 @@ def lstm():
         ),
         (lambda m: convert([m, m]), ["keras.Model", "of type list", "one by one"]),
         (
-            lambda m: convert(m, to=layers.LSTM),
-            ["BPTTRNN or keras.layers.Simple", "LSTM"],
+            lambda m: convert(m, to=layers.RNN),
+            [
+                "'keras_bptt' or 'keras'",
+                "BPTTRNN, BPTTLSTM or BPTTGRU or keras.layers.SimpleRNN, LSTM or GRU",
+                "to=<class 'keras.",
+                "Pass one of them",
+            ],
         ),
         (lambda m: convert(m, to="SimpleRNN"), ["the class", "'SimpleRNN'"]),
+        (lambda m: convert(m, to=OwnLSTM), ["the class", "OwnLSTM"]),
+        (
+            lambda m: convert(m, to=[BPTTRNN, BPTTLSTM]),
+            ["to=[<class", "for two kinds of layers convert twice"],
+        ),
         (lambda m: convert(m, units=3), ["truncation, checkpoint_every", "units=3"]),
         (lambda m: convert(m, truncate=3), ["Did you mean 'truncation'?"]),
         (lambda m: convert(m, clipnorm=3), ["Did you mean 'adjoint_clipnorm'?"]),
@@ -439,6 +684,18 @@ def lstm():
         (
             lambda m: convert(convert(m), to=layers.SimpleRNN, unroll=1),
             ["`unroll` of a SimpleRNN must be True", "unroll=1", "Pass False"],
+        ),
+        (
+            lambda m: convert(convert(m), to="keras", unroll=3),
+            [f"`unroll` of {ALL[0]} must", "to BPTTRNN, BPTTLSTM or BPTTGRU."],
+        ),
+        (
+            lambda m: convert(convert(gated()), to=layers.LSTM, adjoint_clipnorm=1.0),
+            ["for the LSTM of", "may be unroll:", "adjoint_clipnorm=1.0"],
+        ),
+        (
+            lambda m: convert(gated(), use_cudnn=False),
+            ["for the BPTTRNN, BPTTLSTM or BPTTGRU of", "may be", "use_cudnn=False"],
         ),
         (
             lambda m: convert(convert(m), to=layers.SimpleRNN, truncation=3),
@@ -452,10 +709,37 @@ def lstm():
             lambda m: convert(m, to=layers.SimpleRNN),
             ["hold a BPTTRNN", "holds SimpleRNN alone", "such as unroll=True"],
         ),
-        (lambda m: convert(lstm()), ["hold a SimpleRNN", "holds none: LSTM, Dense"]),
         (
-            lambda m: convert(lstm(), truncation=3),
-            ["hold a SimpleRNN", "or a BPTTRNN, to get the options", "none: LSTM"],
+            lambda m: convert(convert(gated())),
+            [f"hold {ALL[0]}, to become {ALL[1]}", "holds BPTTLSTM alone"],
+        ),
+        (
+            lambda m: convert(gated(), to="keras"),
+            [f"hold {ALL[1]}, to become {ALL[0]}", "holds LSTM alone"],
+        ),
+        (
+            lambda m: convert(gated(), to=BPTTRNN),
+            [
+                "hold a SimpleRNN, to become a BPTTRNN",
+                "holds none: LSTM, Dense",
+                "Pass to='keras_bptt'",
+            ],
+        ),
+        (
+            lambda m: convert(convert(gated()), to=layers.SimpleRNN),
+            ["hold a BPTTRNN, to", "holds none: BPTTLSTM, Dense", "Pass to='keras'"],
+        ),
+        (
+            lambda m: convert(m, to=layers.LSTM),
+            ["hold a BPTTLSTM, to become an LSTM", "holds none: SimpleRNN, Dense."],
+        ),
+        (
+            lambda m: convert(neither()),
+            ["hold a SimpleRNN", "holds none: RNN, OwnLSTM."],
+        ),
+        (
+            lambda m: convert(neither(), truncation=3),
+            ["hold a SimpleRNN", f"or {ALL[1]}, to get the options", "none: RNN"],
         ),
         (
             lambda m: convert(Attributes(name="net")),
@@ -483,6 +767,10 @@ def lstm():
             lambda m: convert(BPTTRNN(3, output_units=2, name="r"), layers.SimpleRNN),
             ["output layer", "'r'", "output_units=2"],
         ),
+        (
+            lambda m: convert(BPTTLSTM(3, output_units=2, name="r"), "keras"),
+            ["A BPTTLSTM", "an LSTM", "'r'", "output_units=2", "keras.layers.Dense"],
+        ),
     ],
 )
 def test_errors(call, words):
@@ -494,7 +782,9 @@ def test_errors(call, words):
 
 def test_layers_that_a_class_makes_are_warned_of():
     """Where others are converted: the copy says that it is not what it seems."""
-    model = keras.Sequential([keras.Input((None, D)), MadeInside(), *plain()])
+    model = keras.Sequential(
+        [keras.Input((None, D)), MadeInside(), layers.SimpleRNN(H)]
+    )
     with pytest.warns(
         UserWarning, match=r"could not be converted.*: layers\[0\]\.rnn\. Change"
     ):
