@@ -21,6 +21,7 @@ import any_cell
 import checkpointing
 import compilation
 import fit_and_predict
+import gated
 import memory
 import scaling
 import training_step
@@ -97,9 +98,16 @@ def any_cells(quick):
     return any_cell.run(6)
 
 
+def gated_steps(quick):
+    if quick:
+        return gated.run(0, ["GRU"], [(4, 20, 3, 8)])
+    return gated.run(12)
+
+
 # What runs, how its table is written, how its plot is drawn.
 BENCHMARKS = {
     "training_step": (training_steps, training_step.table, training_step.plot),
+    "gated": (gated_steps, gated.table, None),
     "any_cell": (any_cells, any_cell.table, None),
     "fit_and_predict": (fits, fit_and_predict.table, None),
     "many_lengths": (lengths, compilation.table_of_lengths, None),

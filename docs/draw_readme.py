@@ -151,7 +151,33 @@ def number(value):
 
 def sentences():
     """What the README says of the chart, in Markdown."""
-    return f"{_on_time()}\n{_on_memory()}"
+    return f"{_on_time()}\n{_on_gates()}\n{_on_memory()}"
+
+
+def _on_gates():
+    """Of the layers with gates: by lower quartiles, as their benchmark has it."""
+    ratios = {}
+    for result in results("gated"):
+        layer = result["case"]["layer"]
+        low = {name: value["quartiles"][0] for name, value in result["ms"].items()}
+        forms = {
+            f"Keras' `{layer}`": (f"{layer}, graph", f"{layer}, XLA"),
+            f"`torch.nn.{layer}`": (f"torch.nn.{layer}",),
+            "a JAX scan": ("JAX scan",),
+        }
+        for name, names in forms.items():
+            best = min(low[form] for form in names)
+            of_layer = ratios.setdefault(f"BPTT{layer}", {})
+            of_layer.setdefault(name, []).append(best / low[f"BPTT{layer}"])
+    lines = []
+    for ours, others in ratios.items():
+        (host, first), *more = [
+            (name, f"{number(min(found))} to {number(max(found))} times")
+            for name, found in others.items()
+        ]
+        said = "".join(f", {name} {times}" for name, times in more)
+        lines.append(f"  {host} takes {first} as long as `{ours}`\n  (5 cases){said}.")
+    return "\n".join(lines)
 
 
 def _on_time():

@@ -16,7 +16,15 @@ from griffe2md import render_object_docs
 FOLDER = pathlib.Path(__file__).parent
 # What a user needs first comes first.
 PARTS = {
-    "The layers": ["BPTTRNN", "BPTT", "Truncation", "RandomizedTruncation", "convert"],
+    "The layers": [
+        "BPTTRNN",
+        "BPTTLSTM",
+        "BPTTGRU",
+        "BPTT",
+        "Truncation",
+        "RandomizedTruncation",
+        "convert",
+    ],
     "The gradient flow": [
         "flow.gradient_flow.gradient_flow",
         "GradientFlow",
@@ -34,6 +42,16 @@ PARTS = {
         "reference.nested_product_gradients",
         "reference.literal_reading_gradients",
         "reference.central_differences",
+    ],
+    "LSTM and GRU: keras_bptt.reference": [
+        "reference.LSTMForward",
+        "reference.LSTMGradients",
+        "reference.lstm_forward",
+        "reference.lstm_gradients",
+        "reference.GRUForward",
+        "reference.GRUGradients",
+        "reference.gru_forward",
+        "reference.gru_gradients",
     ],
     "Truncated and clipped: keras_bptt.reference": [
         "reference.truncated_gradients",
