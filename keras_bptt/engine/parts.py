@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_bptt.runtime.execution import cores, within_xla
 from keras_bptt.runtime.tensors import mapped, size_of, widened
 
-# Measured on two cores, with kernels of 16k to 4M numbers. Multiply-adds of a row, as many as
+# Measured on two cores, kernels of 16k to 4M numbers. Multiply-adds of a row, as many as
 # its kernel has numbers, above which cores had better read one kernel together: 8 MB.
 SHARED_KERNEL = 2**21
 # Multiply-adds of a pass: below, it takes no longer than what the parts cost.

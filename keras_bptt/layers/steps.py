@@ -43,26 +43,31 @@ def step_of(cell, x, states, training):
     noise = tf.nest.flatten([f for _, f in factors])
     noise = [t for t in noise if t is not None]
     variables = getattr(cell, "variables", [])
-    values = uncast(variables)
+    # Not the state of a seed, which no step may read: an export would hold it.
+    read = [v for v in variables if not _is_seed(v)]
+    values = uncast(read)
     traced = trace(
         _name(cell),
-        lambda *arguments: _called(call, variables, *arguments),
+        lambda *arguments: _called(call, variables, read, *arguments),
         tf.TensorSpec([None, *x.shape[2:]], x.dtype),
         [_row(cell, state) for state in keras.tree.flatten(states)],
         [_row(cell, t) for t in noise],
-        [(t, v.trainable) for t, v in zip(values, variables, strict=True)],
+        [(t, v.trainable) for t, v in zip(values, read, strict=True)],
     )
     known = derived(_name(cell), traced)
     return known, known.weights_from(map(value_outside, traced.sources)), noise
 
 
-def _called(call, variables, x, before, noise, values):
-    """(output, states after), of one step of rows."""
+def _called(call, variables, read, x, before, noise, values):
+    """(output, states after), of one step of rows.
+
+    `values` are those of the variables that are `read`.
+    """
     cell, given = call.cell, {}
     if "training" in inspect.signature(cell.call).parameters:
         given["training"] = call.training
     states = keras.tree.pack_sequence_as(call.states, before)
-    mapping = list(zip(variables, values, strict=True))
+    mapping = list(zip(read, values, strict=True))
     with (
         _returning(call.factors, noise),
         keras.StatelessScope(state_mapping=mapping) as scope,
@@ -71,11 +76,13 @@ def _called(call, variables, x, before, noise, values):
         output, after = (cell if callable(cell) else cell.call)(x, states, **given)
     for variable, value in zip(variables, known, strict=True):
         if scope.get_current_value(variable) is not value:
-            is_seed = variable.name == "seed_generator_state"
-            raise ValueError(
-                (draws if is_seed else updates)(_name(cell), variable.path)
-            )
+            refused = draws if _is_seed(variable) else updates
+            raise ValueError(refused(_name(cell), variable.path))
     return output, keras.tree.flatten(after)
+
+
+def _is_seed(variable):
+    return variable.name == "seed_generator_state"
 
 
 def _dropout_factors(cell, x, states):
