@@ -5,6 +5,7 @@ come from `make examples` and `make bench`, and from
 
     python examples/memory_span.py --output-dir docs/truncation
     python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
+    python docs/draw_gated.py
 """
 
 import importlib
@@ -15,6 +16,7 @@ import types
 
 import draw_architecture
 import draw_bptt
+import draw_gated
 import draw_readme
 import write_api
 
@@ -89,6 +91,7 @@ def main(folder=ROOT):
     draw_other_examples(folder)
     draw_benchmarks(folder)
     draw_bptt.draw_all(folder / "docs/bptt")
+    draw_gated.draw_all(results("docs/gated/gradient"), folder / "docs/gated")
     draw_architecture.draw_all(folder / "docs/architecture")
     draw_readme.draw_all(folder / "docs/performance")
     write_api.write(folder / "docs")

@@ -2,12 +2,15 @@
 
 The model reads a text one character at a time and predicts the next one. It is
 trained twice, from the same initial weights and on the same batches: once with
-`keras_bptt.BPTTRNN`, once with `keras.layers.SimpleRNN`. Both scores are *bits
-per character* on text that neither has seen. Then the model writes a few lines
-of its own, is saved, and is loaded again where `keras_bptt` cannot be imported.
+`keras_bptt.BPTTRNN`, once with `keras.layers.SimpleRNN`. With `--layer lstm` the
+two are `BPTTLSTM` and `keras.layers.LSTM`, with `--layer gru` `BPTTGRU` and
+`keras.layers.GRU`. Both scores are *bits per character* on text that neither has
+seen. Then the model writes a few lines of its own, is saved, and is loaded again
+where `keras_bptt` cannot be imported.
 
-    python examples/character_language_model.py            # a few minutes
-    python examples/character_language_model.py --smoke    # a few seconds
+    python examples/character_language_model.py                  # a few minutes
+    python examples/character_language_model.py --layer lstm     # some more
+    python examples/character_language_model.py --smoke          # a few seconds
 
 The text is the Python language reference, which every Python installation
 carries as `pydoc_data.topics` (it is what `help("yield")` prints). It differs a
@@ -27,7 +30,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt import BPTTRNN
+from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN
+
+# By the name of `--layer`: the layer, and the one of Keras in whose place it stands.
+LAYERS = {
+    "rnn": (BPTTRNN, keras.layers.SimpleRNN),
+    "lstm": (BPTTLSTM, keras.layers.LSTM),
+    "gru": (BPTTGRU, keras.layers.GRU),
+}
 
 # Runs in a process of its own, in which `import keras_bptt` fails: the SavedModel
 # carries all that it needs.
@@ -91,6 +101,12 @@ def build_model(recurrent_layer, vocabulary_size, batch_shape=(None, None)):
     return model
 
 
+def path_of(args):
+    """Of the SavedModel; the other files have the same name and a suffix."""
+    suffix = "" if args.layer == "rnn" else f"_{args.layer}"
+    return args.output_dir / f"character_language_model{suffix}"
+
+
 class EpochClock(keras.callbacks.Callback):
     """Takes the time of every epoch, and prints a line of it."""
 
@@ -140,7 +156,7 @@ def train(model, train_windows, validation_windows, args):
             clock,
             keras.callbacks.EarlyStopping(patience=3, restore_best_weights=True),
             keras.callbacks.ModelCheckpoint(
-                args.output_dir / "character_language_model.keras", save_best_only=True
+                path_of(args).with_suffix(".keras"), save_best_only=True
             ),
         ],
     )
@@ -154,10 +170,11 @@ def bits_per_character(model, windows, args):
 
 def generate(model, alphabet, prompt, length, args):
     """Continues `prompt`, each character drawn from softmax(logits / temperature)."""
-    # The same weights in a stateful model: it keeps h_t between calls, so that each
-    # new character costs one step, not a walk through all the text before it.
+    # The same weights in a stateful model: it keeps the states between calls, so that
+    # each new character costs one step, not a walk through all the text before it.
+    layer, _ = LAYERS[args.layer]
     writer = build_model(
-        BPTTRNN(args.units, return_sequences=True, stateful=True),
+        layer(args.units, return_sequences=True, stateful=True),
         len(alphabet),
         batch_shape=(1, 1),
     )
@@ -174,11 +191,10 @@ def generate(model, alphabet, prompt, length, args):
     return text
 
 
-def save_and_reload(model, characters, output_dir):
+def save_and_reload(model, characters, saved_model):
     """Writes the model in both formats and checks that both predict the same."""
-    saved_model = output_dir / "character_language_model"
-    keras_file = output_dir / "character_language_model.keras"
-    expected = output_dir / "character_language_model.npz"
+    keras_file = saved_model.with_suffix(".keras")
+    expected = saved_model.with_suffix(".npz")
     logits = model.predict(characters, verbose=0)
     np.savez(expected, characters=characters, logits=logits)
 
@@ -207,8 +223,8 @@ def draw(results, path):
         return "not drawn, for matplotlib is not installed: pip install matplotlib"
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name, style in ("BPTTRNN", "-"), ("SimpleRNN", "k:"):
-        bits = results["validation"][name]
+    for name, bits in results["validation"].items():
+        style = "-" if name.startswith("BPTT") else "k:"
         axes.plot(range(1, len(bits) + 1), bits, style, label=name)
     bigrams = results["scores"]["bigram counts"]
     axes.axhline(
@@ -227,6 +243,7 @@ def parse_arguments():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--layer", choices=LAYERS, default="rnn", help="plain, or with gates")
     add("--units", type=int, default=256, help="size of the hidden state")
     add("--window", type=int, default=100, help="characters per example")
     add("--batch-size", type=int, default=32, help="examples per training step")
@@ -259,51 +276,49 @@ def main():
     print(f"Text: the reference of Python {python}, {len(ids):,} characters,")
     print(f"{len(alphabet)} different. Two networks learn to predict the next one.\n")
 
+    layer, host = LAYERS[args.layer]
+    own, other = layer.__name__, host.__name__
     keras.utils.set_random_seed(args.seed)
-    model = build_model(BPTTRNN(args.units, return_sequences=True), len(alphabet))
-    simple = build_model(
-        keras.layers.SimpleRNN(args.units, return_sequences=True), len(alphabet)
-    )
-    simple.set_weights(model.get_weights())
+    model = build_model(layer(args.units, return_sequences=True), len(alphabet))
+    twin = build_model(host(args.units, return_sequences=True), len(alphabet))
+    twin.set_weights(model.get_weights())
     model.summary()
-    print("\nTraining with keras_bptt.BPTTRNN")
+    print(f"\nTraining with keras_bptt.{own}")
     curve, seconds = train(model, train_windows, validation_windows, args)
     bits = bits_per_character(model, heldout_windows, args)
-    print("\nTraining with keras.layers.SimpleRNN")
-    simple_curve, simple_seconds = train(
-        simple, train_windows, validation_windows, args
-    )
-    simple_bits = bits_per_character(simple, heldout_windows, args)
+    print(f"\nTraining with keras.layers.{other}")
+    twin_curve, twin_seconds = train(twin, train_windows, validation_windows, args)
+    twin_bits = bits_per_character(twin, heldout_windows, args)
 
     unigram, bigram = count_bits(ids[:split], ids[split:], len(alphabet))
     print(f"\n{'on held-out text':<24}{'bits per character':>18}{'s per epoch':>13}")
     print(f"{'unigram counts':<24}{unigram:>18.3f}{'-':>13}")
     print(f"{'bigram counts':<24}{bigram:>18.3f}{'-':>13}")
-    print(f"{'SimpleRNN':<24}{simple_bits:>18.3f}{simple_seconds:>13.2f}")
-    print(f"{'BPTTRNN':<24}{bits:>18.3f}{seconds:>13.2f}")
-    ratio = seconds / simple_seconds
+    print(f"{other:<24}{twin_bits:>18.3f}{twin_seconds:>13.2f}")
+    print(f"{own:<24}{bits:>18.3f}{seconds:>13.2f}")
+    ratio = seconds / twin_seconds
     traced = ", tracing included" if args.epochs == 1 else ""
-    print(f"An epoch of BPTTRNN takes {ratio:.2f} times one of SimpleRNN{traced}.")
+    print(f"An epoch of {own} takes {ratio:.2f} times one of {other}{traced}.")
 
     print(f"\nA sample at temperature {args.temperature}:\n")
     print(generate(model, alphabet, "The ", 40 if args.smoke else 400, args))
-    path = args.output_dir / "character_language_model.json"
+    path = path_of(args).with_suffix(".json")
     results = {
         "kind": "many to many",
         "score": f"bits per held-out character, Python {python}",
         "scores": {
-            "BPTTRNN": round(bits, 4),
-            "SimpleRNN": round(simple_bits, 4),
+            own: round(bits, 4),
+            other: round(twin_bits, 4),
             "unigram counts": round(unigram, 4),
             "bigram counts": round(bigram, 4),
         },
         "seconds": round(time.perf_counter() - began),
-        "validation": {"BPTTRNN": curve, "SimpleRNN": simple_curve},
+        "validation": {own: curve, other: twin_curve},
     }
     path.write_text(json.dumps(results) + "\n")
     print(f"\nLearning curves: {draw(results, path.with_suffix('.png'))}")
     print("\nSaved and loaded again:")
-    save_and_reload(model, heldout_windows[0][:8], args.output_dir)
+    save_and_reload(model, heldout_windows[0][:8], path_of(args))
 
 
 if __name__ == "__main__":

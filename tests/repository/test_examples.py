@@ -73,6 +73,10 @@ KEY_LINES = {
 }
 KINDS = ["character_language_model", "draw_digits", "flowers", "read_digits"]
 KINDS += ["rewrite_numbers", "sunspots"]
+# What stands in whose place; the examples that have `--layer`, and what it may say.
+HOSTS = {"BPTTRNN": "SimpleRNN", "BPTTLSTM": "LSTM", "BPTTGRU": "GRU"}
+GATED = [("character_language_model", "lstm"), ("character_language_model", "gru")]
+GATED += [("read_digits", "lstm"), ("read_digits", "gru")]
 
 
 @functools.cache
@@ -120,6 +124,19 @@ def test_example_runs(name, tmp_path):
         check_results_of_digits(folder / "vanishing_and_exploding.json")
     if name.removesuffix(".py") in KINDS:
         check_results_of_kind(folder / name.replace(".py", ".json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layer"), GATED)
+def test_example_runs_with_gates(name, layer, tmp_path):
+    finished = run([EXAMPLES / f"{name}.py", "--smoke", "--layer", layer], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
+    for line in KEY_LINES[f"{name}.py"]:
+        line = line.replace("SimpleRNN", layer.upper())
+        assert line.replace(f"{name},", f"{name}_{layer},") in finished.stdout
+    path = tmp_path / f"build/examples/smoke/{name}_{layer}.json"
+    check_results_of_kind(path, f"BPTT{layer.upper()}")
 
 
 def run(arguments, folder, **environment):
@@ -197,19 +214,19 @@ def test_tensorflow_starts_quietly(tmp_path):
     assert (finished.returncode, finished.stderr) == (0, "error")
 
 
-def check_results_of_kind(path):
+def check_results_of_kind(path, own="BPTTRNN"):
     """Two layers, one gradient: a short epoch leaves the same scores and losses."""
     found = json.loads(path.read_text())
     scores = found["scores"]
-    own = [key for key in scores if key.startswith("BPTTRNN")]
-    assert len(scores) > 2 * len(own), "baselines"
+    ours = [key for key in scores if key.startswith(own)]
+    assert ours and len(scores) > 2 * len(ours), "baselines"
     curves = [found[key] for key in ("losses", "validation", "curves") if key in found]
     assert len(curves) == 1
     for values in scores, *curves:
         pairs = [
-            (numbers_in(value), numbers_in(values[key.replace("BPTTRNN", "SimpleRNN")]))
+            (numbers_in(value), numbers_in(values[key.replace(own, HOSTS[own])]))
             for key, value in values.items()
-            if key.startswith("BPTTRNN")
+            if key.startswith(own)
         ]
         assert pairs and all(ours for ours, _ in pairs)
         for ours, theirs in pairs:
@@ -220,10 +237,10 @@ def check_results_of_kind(path):
     assert path.with_suffix(".npz").exists()
     model = path.with_suffix(".keras").read_bytes()
     config = zipfile.ZipFile(io.BytesIO(model)).read("config.json")
-    assert b"BPTTRNN" in config and b'"SimpleRNN"' not in config
+    assert own.encode() in config and f'"{HOSTS[own]}"'.encode() not in config
     # What is stored beside it are the outputs of the SavedModel, and its gradients; the
     # language model compares its outputs itself, and stores no gradient.
-    if path.stem == "character_language_model":
+    if path.stem.startswith("character_language_model"):
         return
     check = EXAMPLES.parent / "saved_models" / "check.py"
     checked = run([check, "--directory", path.parent], path.parent)
@@ -282,6 +299,7 @@ KIND = {"parse": "arguments", "doc": "Flowers.", "smoke": {}} | KIND
         ("common", f"--output-dir {__file__}", "--output-dir must be a folder"),
         ("character_language_model", "--units 0", "--units must be a positive number"),
         ("character_language_model", "--seed=-1", "--seed must be in 0 ... 2**32 - 1"),
+        ("character_language_model", "--layer tanh", "invalid choice: 'tanh'"),
         ("distributed", "--workers 0", "--workers must be a positive number"),
         ("distributed", "--strategy all", "invalid choice: 'all'"),
         ("long_sequences", "--pieces 1", "--pieces must be at least 2"),
@@ -331,6 +349,31 @@ def test_counts_of_an_alternating_text():
     assert bigram == pytest.approx(-expected / 9, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    ["lstm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rnn", "gru"))],
+)
+def test_text_is_continued_as_the_model_predicts(layer):
+    """Character by character, from the states that the last one left."""
+    demo = load("character_language_model")
+    demo.keras.utils.set_random_seed(0)
+    args = arguments_of(
+        "character_language_model", f"--units 6 --temperature 1e-6 --layer {layer}"
+    )
+    recurrent = demo.LAYERS[layer][0](6, return_sequences=True)
+    model = demo.build_model(recurrent, 5)
+    random = np.random.default_rng(3)
+    weights = [random.normal(size=w.shape) for w in model.get_weights()]
+    model.set_weights(weights)
+    text = demo.generate(model, list("abcde"), "dab", 9, args)
+    assert len(text) == 12 and text.startswith("dab")
+    ids = np.array([["abcde".index(c) for c in text]])
+    # At so low a temperature the likeliest character is drawn.
+    likeliest = np.argmax(model(ids[:, :-1]), axis=-1)
+    np.testing.assert_array_equal(ids[:, 3:], likeliest[:, 2:])
+    assert len(set(text)) > 2
+
+
 @pytest.mark.slow
 def test_saved_model_that_predicts_otherwise_is_an_error(monkeypatch, tmp_path):
     demo = load("character_language_model")
@@ -344,7 +387,7 @@ def test_saved_model_that_predicts_otherwise_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(model, "export", export_other_weights)
     characters = np.arange(12, dtype="int32").reshape(2, 6) % 5
     with pytest.raises(SystemExit, match="does not predict the same"):
-        demo.save_and_reload(model, characters, tmp_path)
+        demo.save_and_reload(model, characters, tmp_path / "model")
 
 
 # --- Memory span, vanishing and exploding
@@ -734,3 +777,21 @@ def test_nearest_mean_by_hand():
     test[:, 3, 5] = 5.9, 1, 9.2, 101  # nearest mean: 1 (9.33), 0 (2), 1, 5
     found = read_digits.baselines((x, labels), (test, np.array([0, 0, 1, 5])))
     assert found == {"most frequent": 0.5, "nearest mean": 0.75}
+
+
+def test_digits_are_read_by_a_layer_that_is_known(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["read_digits.py", "--layer", "tanh"])
+    with pytest.raises(SystemExit, match="--layer must be rnn, lstm or gru.*tanh"):
+        load("read_digits").main()
+
+
+def test_last_belief_is_what_the_model_says():
+    read_digits = load("read_digits")
+    args = argparse.Namespace(layer="lstm", units=3)
+    model = read_digits.build_model(read_digits.LAYERS["lstm"], 1, 3)
+    images = np.random.default_rng(0).random((2, 8, 8), "float32")
+    beliefs = read_digits.beliefs(model, images, args)
+    assert beliefs.shape == (2, 64, 10)
+    expected = read_digits.tf.nn.softmax(model(images.reshape(2, 64, 1)))
+    np.testing.assert_allclose(beliefs[:, -1], expected, rtol=1e-5)
+    assert np.abs(beliefs[:, -1] - beliefs[:, 5]).max() > 1e-4
