@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from keras_bptt import (
     BPTT,
+    BPTTLSTM,
     BPTTRNN,
     AdaptiveTruncation,
     GradientFlowLogger,
@@ -40,6 +41,7 @@ def any_cell(units, **options):
 
 CASES = {
     "any cell": (any_cell, {"return_sequences": True, "truncation": 3}, {}),
+    "gates": (BPTTLSTM, {"return_sequences": True}, {}),
     "full": (BPTTRNN, {"return_sequences": True}, {}),
     "all at once": (BPTTRNN, {**WINDOWS, "output_units": 3}, {"mask": True}),
     "clipping": (BPTTRNN, {"adjoint_clipnorm": 1e-3}, {}),
