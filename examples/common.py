@@ -5,7 +5,6 @@ import json
 import time
 
 import basics
-import keras
 import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
@@ -88,10 +87,10 @@ def export(model, inputs, path):
     `path`.npz holds inputs_0, ... (of `inputs`, an array or a list of them), the model's
     outputs, random cotangents of these, and gradient_0, gradient_1, ... of
     sum(outputs * cotangents), one for each trainable variable. The gradients are not the
-    model's own: they are those of a SimpleRNN with the same weights, which TensorFlow
+    model's own: they are those of Keras' own layers with the same weights, which TensorFlow
     differentiates.
     """
-    twin = convert(model, to=keras.layers.SimpleRNN)
+    twin = convert(model, to="keras")
     weights = [variable.value for variable in twin.trainable_variables]
     with tf.GradientTape() as tape:
         outputs = twin(inputs)

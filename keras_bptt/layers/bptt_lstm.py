@@ -53,9 +53,9 @@ class BPTTLSTM(OwnStep, ExplicitLoop, keras.layers.LSTM):
         dL/db = sum_t delta_t           dL/dx_t = delta_t W^T
         dL/dh_0 = delta_1 U^T           dL/dc_0 = v_1 * f_1
 
-    They are compiled from the forward step, and proved equal to `reference.lstm`. What goes
-    back from c_t to c_{t-1} is scaled by the forget gate f_t alone: that is why an LSTM
-    remembers (`docs/gated.md`).
+    They are compiled from the forward step, and the tests compare them with
+    `reference.lstm_gradients`. Along c alone v_t goes back with a factor f_t a step, and no
+    matrix: that is what forget gates near 1 are for (`docs/gated.md`).
 
     Args:
         units: Positive integer, the size of h_t and of c_t.
