@@ -55,8 +55,8 @@ class BPTTGRU(OwnStep, ExplicitLoop, keras.layers.GRU):
         dL/dx_t = delta_t W^T           dL/dh_0 = a_0
 
     They are compiled from the forward step, and the tests compare them with
-    `reference.gru_gradients`. Where the update gate z_t is near 1, a_t goes back nearly as it
-    is (`docs/gated.md`).
+    `reference.gru_gradients`. Where the update gate z_t is near 1, a_t goes back nearly as
+    it is (`docs/gated.md`).
 
     Args:
         units: Positive integer, the size of the state.

@@ -4,8 +4,10 @@ A block behind a line `<!-- needs NAME -->` is left out where NAME cannot be imp
 """
 
 import doctest
+import functools
 import importlib.util
 import inspect
+import json
 import pathlib
 import re
 import shutil
@@ -213,6 +215,17 @@ def test_figures_of_the_derivation_are_drawn(draw_bptt, tmp_path):
     assert sorted(path.name for path in first) == sorted(shown)
     for path in first:
         assert (ROOT / "docs" / "bptt" / path.name).stat().st_size < 150_000
+
+
+def test_figures_of_the_gates_are_drawn(tmp_path):
+    """From the numbers that were measured; no network is trained."""
+    pytest.importorskip("matplotlib")
+    numbers = json.loads((ROOT / "docs/gated/gradient.json").read_text())
+    first = check_drawn(
+        functools.partial(load("draw_gated").draw_all, numbers), tmp_path
+    )
+    shown = re.findall(r"\]\(gated/(\w+\.png)\)", (ROOT / "docs/gated.md").read_text())
+    assert sorted(path.name for path in first) == sorted(shown)
 
 
 def test_the_architecture_names_what_is_there(tmp_path):
