@@ -11,7 +11,7 @@ def check_cell(layer):
             f"{layer.name} takes weights from its cell and never calls it: it computes the "
             f"recurrence of keras.layers.{expected.__name__} itself, and any other would "
             f"be ignored. Received: cell={cell!r} of type {type(cell).__name__}, whose "
-            "`call` is its own. Use keras_bptt.BPTT(cell), whatever the cell computes."
+            "`call` is its own. Use keras_bptt.BPTT(cell) or keras.layers.RNN(cell)."
         )
     if cell.built and cell.units != cell.recurrent_kernel.shape[0]:
         raise ValueError(
