@@ -43,12 +43,22 @@ def compiled_step(cell, equations, sequences, states, training):
 
 def _factors(cell, sequences, states):
     """Those of the inputs and of the state: none, one or one for each gate."""
+    x, h = sequences[:, 0, :], states[0]
     drawn = (
-        (cell.dropout, cell.get_dropout_mask(sequences[:, 0, :])),
-        (cell.recurrent_dropout, cell.get_recurrent_dropout_mask(states[0])),
+        (cell.dropout, cell.get_dropout_mask(x), x),
+        (cell.recurrent_dropout, cell.get_recurrent_dropout_mask(h), h),
     )
-    # A share of 1 is ignored by the cells of Keras that have gates.
-    return [keras.tree.flatten(d) if 0 < share < 1 else [] for share, d in drawn]
+    # Keras' cells with gates ignore a share of 1. What was drawn like a given state may not
+    # know its size.
+    return [
+        [
+            tf.ensure_shape(d, (None, rows.shape[-1]))
+            for d in keras.tree.flatten(factors)
+        ]
+        if 0 < share < 1
+        else []
+        for share, factors, rows in drawn
+    ]
 
 
 def _row(tensor):

@@ -15,7 +15,7 @@ from helpers import (
     relative_error,
     rng,
 )
-from twins import host_of, layer_of, states_of, twins
+from twins import Unknown, host_of, layer_of, states_of, twins
 
 from keras_bptt import BPTTGRU, BPTTLSTM, reference
 from keras_bptt.layers import compiled_step as compiling
@@ -137,6 +137,14 @@ def test_factors_of_each_gate(name, implementation, options):
     x = random_inputs(B, T, D)
     expected = evaluate(theirs, x, "plain", training=True)
     assert_same(evaluate(ours, x, "graph", training=True), expected)
+
+
+@every_layer
+def test_factors_like_a_state_of_unknown_size(name):
+    theirs, ours = twins(name, recurrent_dropout=0.4, seed=3)
+    x, call = random_inputs(B, T, D), {"state": states_of(name), "training": True}
+    expected = evaluate(theirs, x, "plain", **call)
+    assert_same(evaluate(Unknown(ours), x, "graph", **call), expected)
 
 
 @every_layer
