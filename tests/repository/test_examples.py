@@ -113,7 +113,9 @@ def test_example_runs(name, tmp_path):
         assert "coordination service" in finished.stderr
         assert "Traceback" not in finished.stderr
     else:
-        assert finished.stderr == ""
+        # On some CPUs TensorFlow says of itself that oneDNN lacks a kernel there.
+        lines = finished.stderr.splitlines()
+        assert [line for line in lines if "oneDNN supports" not in line] == []
     for line in KEY_LINES[name]:
         assert line in finished.stdout
     folder = tmp_path / "build/examples/smoke"
