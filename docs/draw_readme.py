@@ -176,7 +176,8 @@ def _on_gates():
             for name, found in others.items()
         ]
         said = "".join(f", {name} {times}" for name, times in more)
-        lines.append(f"  {host} takes {first} as long as `{ours}`\n  (5 cases){said}.")
+        cases = f"{len(others[host])} cases"
+        lines.append(f"  {host} takes {first} as long as `{ours}`\n  ({cases}){said}.")
     return "\n".join(lines)
 
 

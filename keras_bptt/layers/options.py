@@ -55,7 +55,7 @@ class GradientOptions:
 
     @property
     def adjoint_clipnorm(self):
-        """The largest norm of dL/dh_t of one example; set as `truncation` is."""
+        """The largest norm of dL/ds_t, all states of an example; set as `truncation` is."""
         return self._adjoint_clipnorm
 
     @adjoint_clipnorm.setter
@@ -64,7 +64,7 @@ class GradientOptions:
 
     @property
     def adjoint_max_growth(self):
-        """The largest |dL/dh_t| as a multiple of what was sent; set as `truncation` is."""
+        """The largest |dL/ds_t| as a multiple of what was sent; set as `truncation` is."""
         return self._adjoint_max_growth
 
     @adjoint_max_growth.setter
