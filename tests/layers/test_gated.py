@@ -117,6 +117,17 @@ def test_what_is_kept_of_a_step(name, options, saved, deltas):
     assert sum(int(np.prod(s)) for s in shapes.deltas) == deltas
 
 
+@every_layer
+def test_no_product_for_what_is_frozen(name):
+    """Nor once it is toggled, though the step has been traced before."""
+    layer = layer_of(name)
+    x, states = tf.zeros((B, T, D), "float64"), layer.get_initial_state(B)
+    for trainable in (True, False, True):
+        layer.trainable = trainable
+        trained = layer._step(x, states, training=True).cell.division.trace.trained
+        assert set(trained) == {trainable}
+
+
 # --- Dropout
 
 
