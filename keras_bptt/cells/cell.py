@@ -17,7 +17,8 @@ States, drive, saved tensors, deltas and weights are flat tuples of tensors. Wha
 has them in front: (batch, ...) for one step, (timesteps, batch, ...) for many, at times
 (batch, timesteps, ...) in `project`. A cell acts on each row alone, wherever it stands, so
 it may not ask how many axes are in front. Noise, such as dropout factors, is the same at
-every step of an example; it comes shaped so that it can be multiplied with rows.
+every step of an example; it comes shaped so that it can be multiplied with rows. Of a cell
+that draws random numbers in every step, `project` and `gradients` find these behind it.
 """
 
 import abc
@@ -86,6 +87,11 @@ class Cell(abc.ABC):
     def cast_weights(self, weights, dtype):
         """The weights as the cell computes with them, for states of this dtype."""
         return cast_to(dtype, weights)
+
+    def draw(self, seeds, rows):
+        """The random numbers of so many rows, from the seeds of a call."""
+        del seeds, rows
+        return ()
 
     @abc.abstractmethod
     def project(self, weights, x, noise):

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.cells.cell import Cell, Cost, Shapes
+from keras_bptt.cells.dependence import names_of
 from keras_bptt.cells.division import (
     CHEAP,
     PRODUCTS,
@@ -34,7 +35,7 @@ from keras_bptt.cells.division import (
     divide,
 )
 from keras_bptt.cells.probing import probed
-from keras_bptt.cells.tracing import Trace, names_of
+from keras_bptt.cells.tracing import Trace
 from keras_bptt.runtime.execution import op_callbacks, switches
 from keras_bptt.runtime.subgraphs import has_rows, numbers_of
 from keras_bptt.runtime.tensors import size_of, wide, widened
@@ -54,11 +55,14 @@ class _Parts:
     def __init__(self, division, is_wide):
         trace, drive, saved, deltas, drive_back, _ = division
         noise_and_weights = (*trace.noise, *trace.read)
+        of_all_steps = (*trace.noise, *trace.draws, *trace.read)
         names = [names_of(state) for state in trace.after]
         # All names of a state, for the way back may read any of them.
         self.after = tuple(t for each in names for t in each)
         self.repeats = tuple(map(len, names))
-        point = (*(drive if drive_back else ()), *self.after, *trace.before, *saved)
+        point = (*drive_back, *self.after, *trace.before, *saved)
+        again = {t.name for t in drive_back}
+        self.drive_back = [i for i, t in enumerate(drive) if t.name in again]
         self.back = [i for i, d in enumerate(trace.d_before) if d is not None]
         self.d_before = tuple(trace.d_before[i] for i in self.back)
         self.trained = [i for i, d in enumerate(trace.d_weights) if d is not None]
@@ -68,7 +72,7 @@ class _Parts:
         self.weights = part(trace.weights, trace.inputs)
         half = trace.before[0].dtype.size == 2
         # What asserts of inputs or states does so where they are known first.
-        of_x = (trace.x, *noise_and_weights)
+        of_x = (trace.x, *of_all_steps)
         first = trace.graph.effects(of_x)
         self.project = part(drive, of_x, is_wide, first)
         of_states = (*drive, *trace.before, *noise_and_weights)
@@ -82,7 +86,7 @@ class _Parts:
         # What is added over rows is added in wide numbers.
         self.gradients = part(
             (*self.d_x, *self.d_weights),
-            (trace.x, *point, *deltas, *noise_and_weights),
+            (trace.x, *point, *deltas, *of_all_steps),
             is_wide or half,
         )
 
@@ -119,6 +123,14 @@ class Derived(Cell):
     def wants(self):
         drive = {"drive"} if self.division.drive_back else set()
         return frozenset({"before", "saved"} | drive)
+
+    def point(self, drive, **given):
+        if drive is not None:
+            drive = tuple(drive[i] for i in parts_of(self).drive_back)
+        return super().point(drive=drive, **given)
+
+    def draw(self, seeds, rows):
+        return self.division.trace.drawing.numbers(seeds, rows)
 
     def weights_from(self, sources):
         """The weights, as they are stored, of all that the step reads beside rows.
@@ -169,9 +181,8 @@ class Derived(Cell):
         return Cost(products=products, numbers=sum(map(numbers_of, made)))
 
     def project(self, weights, x, noise):
-        trace = self.division.trace
-        lead = _Lead(x, trace.x)
-        given = [lead.flat(x), *self._beside(lead, noise), *weights]
+        lead = _Lead(x, self.division.trace.x)
+        given = [lead.flat(x), *self._of_all_steps(lead, noise), *weights]
         return tuple(lead.back(parts_of(self).project(given)))
 
     def step(self, weights, drive, before, noise):
@@ -201,7 +212,7 @@ class Derived(Cell):
         lead = _Lead(inputs, trace.x)
         before = [p[0] if len(p) == 1 else tf.concat(p, 0) for p in point.before]
         flat = map(lead.flat, (inputs, *self._point(point, before), *deltas))
-        given = [*flat, *self._beside(lead, noise), *weights]
+        given = [*flat, *self._of_all_steps(lead, noise), *weights]
         found = parts.gradients(given)
         d_x = tf.zeros_like(inputs) if inputs.dtype.is_floating else None
         if parts.d_x:
@@ -213,17 +224,19 @@ class Derived(Cell):
 
     def _point(self, point, before):
         """The tensors of a point, in the order of `_Parts`."""
-        drive = point.drive if self.division.drive_back else ()
         pairs = zip(point.after, parts_of(self).repeats, strict=True)
         after = [t for t, number in pairs for _ in range(number)]
         before = before[: len(self.division.trace.before)]
-        return (*drive, *after, *before, *(point.saved or ()))
+        return (*(point.drive or ()), *after, *before, *(point.saved or ()))
 
     def _beside(self, lead, noise):
-        return [
-            lead.spread(n, t)
-            for n, t in zip(noise, self.division.trace.noise, strict=True)
-        ]
+        pairs = zip(noise, self.division.trace.noise, strict=True)
+        return [lead.spread(n, t) for n, t in pairs]
+
+    def _of_all_steps(self, lead, noise):
+        trace = self.division.trace
+        pairs = zip(noise, (*trace.noise, *trace.draws), strict=True)
+        return [lead.spread(n, t) for n, t in pairs]
 
 
 class _Lead:
@@ -275,6 +288,7 @@ def derived(name, trace: Trace, probe: bool = True) -> Derived:
         ValueError: where the step mixes examples.
     """
     inner = [trace.x, *trace.before, *trace.noise, *trace.inputs, *trace.adjoints]
+    inner += [*trace.draws, *trace.drawing.seeds]
     outer = [*trace.after, trace.d_x, *trace.d_before, *trace.d_weights]
     marks = [inner, [t for t in outer if t is not None], trace.read]
     key = f"{trace.graph.fingerprint(*marks)} {trace.output} {trace.trained}"

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_bptt.cells.cuts import NEVER, Impossible, cut
-from keras_bptt.cells.tracing import ADJOINT, STATE, Trace, X, names_of
+from keras_bptt.cells.dependence import ADJOINT, STATE, X, between, names_of
+from keras_bptt.cells.tracing import Trace
 from keras_bptt.runtime.subgraphs import has_rows, numbers_of
 
 PRODUCTS = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"}
@@ -57,7 +58,7 @@ class Division(NamedTuple):
     Attributes:
         trace: the graph.
         drive, saved, deltas: tensors that go from one part to another.
-        drive_back: whether a step back reads the drive, which is then computed again.
+        drive_back: which tensors of the drive a step back reads. They are computed again.
         recurs: for each state after the step whether the next step reads it.
     """
 
@@ -65,33 +66,47 @@ class Division(NamedTuple):
     drive: tuple
     saved: tuple
     deltas: tuple
-    drive_back: bool
+    drive_back: tuple
     recurs: tuple
 
 
 def divide(trace: Trace) -> Division:
     """Divide the graph."""
     drive = _drive(trace)
-    leaves = {t.name for t in (trace.x, *trace.noise, *trace.read)}
-    made = _between(drive, leaves | trace.graph.sized.keys())
-    products = any(t.op.type in PRODUCTS for t in made.values())
     try:
-        # The drive is computed again for the way back where it costs little,
-        saved, deltas = _kept(trace, drive if not products else ())
-        drive_back = not products
+        # What of the drive costs little is computed again for the way back,
+        again = tuple(t for t in drive if not _needs_product(trace, t))
+        saved, deltas = _kept(trace, again)
     except Impossible:
-        # and where the way back reads of it what cannot be saved, such as truth values.
-        saved, deltas = _kept(trace, drive)
-        drive_back = True
+        # and what cannot be saved, such as truth values.
+        again = drive
+        saved, deltas = _kept(trace, again)
     recurs = [d is not None for d in trace.d_before]
     recurs += [False] * (len(trace.after) - len(recurs))
-    return Division(trace, drive, saved, deltas, drive_back, tuple(recurs))
+    again = _read_back(trace, again, saved)
+    return Division(trace, drive, saved, deltas, again, tuple(recurs))
+
+
+def _read_back(trace, drive, saved):
+    """Those of the drive that the way back is computed from."""
+    states = [t for state in trace.after for t in names_of(state)]
+    given = {
+        t.name for t in (*states, *trace.before, *saved)
+    } | trace.graph.sized.keys()
+    read = between([*_back(trace), *_gradients(trace)], given)
+    return tuple(t for t in drive if t.name in read)
+
+
+def _needs_product(trace, tensor):
+    leaves = {t.name for t in (trace.x, *trace.noise, *trace.draws, *trace.read)}
+    made = between([tensor], leaves | trace.graph.sized.keys())
+    return any(t.op.type in PRODUCTS for t in made.values())
 
 
 def _drive(trace):
     """What does not depend on a state and is read where something does."""
     wanted = {}
-    for tensor in _between([*trace.after, *_back(trace)], set()).values():
+    for tensor in between([*trace.after, *_back(trace)], set()).values():
         if trace.of(tensor, STATE, ADJOINT):
             for needed in tensor.op.inputs:
                 if trace.of(needed, X) and not trace.of(needed, STATE, ADJOINT):
@@ -125,7 +140,7 @@ def _kept(trace, drive):
     }
     there |= trace.graph.sized.keys()
     adjoints = {a.name for a in trace.adjoints}
-    sequential = _between(_back(trace), there).keys() | adjoints
+    sequential = between(_back(trace), there).keys() | adjoints
 
     def keeping_in_step(tensor):
         if tensor.name in there | adjoints:
@@ -138,7 +153,7 @@ def _kept(trace, drive):
         return 0 if _of(trace, operation, ADJOINT) else _computing(operation, FUSED)
 
     saved = cut(_back(trace), keeping_in_step, computing_in_step)
-    there |= {t.name for t in saved} | {trace.x.name}
+    there |= {t.name for t in (*saved, trace.x, *trace.draws)}
 
     def keeping_for_all(tensor):
         if tensor.name in there:
@@ -155,8 +170,7 @@ def _kept(trace, drive):
             return _computing(operation, FUSED)
         return NEVER if operation.type == "Placeholder" else 0
 
-    gradients = [d for d in (trace.d_x, *trace.d_weights) if d is not None]
-    kept = cut(gradients, keeping_for_all, computing_for_all)
+    kept = cut(_gradients(trace), keeping_for_all, computing_for_all)
     deltas = tuple(t for t in kept if trace.of(t, ADJOINT))
     return (*saved, *(t for t in kept if not trace.of(t, ADJOINT))), deltas
 
@@ -166,15 +180,9 @@ def _back(trace):
     return [d for d in trace.d_before if d is not None]
 
 
-def _between(outputs, given):
-    """The tensors that the outputs are computed from, by name, up to the given ones."""
-    found, waiting = {}, [t for t in outputs if t.name not in given]
-    while waiting:
-        tensor = waiting.pop()
-        if tensor.name not in found:
-            found[tensor.name] = tensor
-            waiting += [t for t in tensor.op.inputs if t.name not in given]
-    return found
+def _gradients(trace):
+    """Those of x and of the weights."""
+    return [d for d in (trace.d_x, *trace.d_weights) if d is not None]
 
 
 def _of(trace, operation, kind):

@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 
+from keras_bptt.cells.dependence import ADJOINT
 from keras_bptt.cells.derived import Derived, multiply_adds, not_for_xla, parts_of
 from keras_bptt.cells.division import FUNCTIONS, PRODUCTS
-from keras_bptt.cells.tracing import ADJOINT
 from keras_bptt.runtime.subgraphs import numbers_of
 
 

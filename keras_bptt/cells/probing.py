@@ -8,6 +8,7 @@ the step runs a few times: for two numbers of rows, and with some of the rows mo
 import numpy as np
 import tensorflow as tf
 
+from keras_bptt.cells.dependence import SEED
 from keras_bptt.cells.refusals import mixes
 from keras_bptt.runtime.explicit import vjp
 from keras_bptt.runtime.subgraphs import Traced, has_rows
@@ -23,12 +24,14 @@ def probed(name, trace):
         ValueError: where a row of a result depends on another row of what is given.
     """
     graph = trace.graph
-    leaves = [trace.x, *trace.before, *trace.noise, *trace.adjoints]
+    leaves = [trace.x, *trace.before, *trace.noise, *trace.draws, *trace.adjoints]
     candidates = [
         t
         for op in graph.operations
         for t in op.outputs
-        if has_rows(t) and t.dtype not in (tf.variant, tf.resource, tf.string)
+        if has_rows(t)
+        and t.dtype not in (tf.variant, tf.resource, tf.string)
+        and not trace.of(t, SEED)  # what leads to the draws
     ]
     results = [*trace.after, trace.d_x, *trace.d_before]
     results = [t for t in results if t is not None]
@@ -73,7 +76,7 @@ def _has_own_gradient(trace, random):
     sources = [trace.x] * trace.x.dtype.is_floating + [*trace.before, *weights]
     written = [*[trace.d_x] * trace.x.dtype.is_floating, *trace.d_before]
     written += [d for d, t in zip(trace.d_weights, trace.trained, strict=True) if t]
-    leaves = [trace.x, *trace.before, *trace.noise, *trace.read]
+    leaves = [trace.x, *trace.before, *trace.noise, *trace.draws, *trace.read]
     step = trace.graph.part(trace.after, leaves)
     known = [d for d in written if d is not None]
     back = trace.graph.part(known, [*leaves, *trace.adjoints])

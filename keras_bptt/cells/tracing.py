@@ -8,28 +8,37 @@ Weights are the tensors that depend on variables alone and meet rows: whatever m
 of the variables (a slice, a normalisation) stays outside, under automatic differentiation.
 
 What cannot be right is refused here, before anything runs: a step that mixes the rows of
-its inputs, changes a variable, draws random numbers of its own, or leaves the graph.
+its inputs, changes a variable, or leaves the graph. What it draws is cut out (`drawing`).
 """
 
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_bptt.cells.dependence import (
+    ADJOINT,
+    NOISE,
+    SEED,
+    STATE,
+    TRAINED,
+    WEIGHT,
+    X,
+    at_edge,
+    between,
+    dependence,
+    source,
+)
+from keras_bptt.cells.drawing import Drawing, draws_in
 from keras_bptt.cells.refusals import mixes, refuse_effects
 from keras_bptt.runtime.simplify import simplified
 from keras_bptt.runtime.subgraphs import Traced, has_rows, in_order, own_gradients
 
-# What a tensor depends on. TRAINED: on something that has a gradient; ROWS: on their
-# number.
-X, NOISE, STATE, WEIGHT, TRAINED, ADJOINT, ROWS = (1 << i for i in range(7))
-
 _NO_NUMBERS = (tf.variant, tf.resource, tf.string)
-_HARMLESS = {"ReadVariableOp", "Assert", "PrintV2", "If", "While", "Case"}
-_HARMLESS |= {"StatefulPartitionedCall", "Placeholder", "VarIsInitializedOp"}
 
 
 # Fields of a trace that are no tensors of its graph.
 _NO_TENSORS = ("graph", "sources", "output", "trained", "depends", "own_gradient")
+_NO_TENSORS += ("drawing",)
 
 
 class Trace(NamedTuple):
@@ -38,6 +47,7 @@ class Trace(NamedTuple):
     Attributes:
         graph: as it can be run in parts.
         x, before, noise: the step's arguments, which have rows.
+        draws: the random numbers of each row that it draws; leaves of the graph.
         inputs: all else that it reads: variables, and tensors from outside.
         sources: of each of `inputs` what it is outside; see `value_outside`.
         after: the states after the step and, where it is none of them, the output.
@@ -49,6 +59,7 @@ class Trace(NamedTuple):
         d_x, d_before, d_weights: the gradients of x, of `before` and of `read`; None where
             there is none.
         depends: for each tensor, by name, what it depends on.
+        drawing: how the draws are drawn, in the graph as it was traced.
         own_gradient: whether the gradients are others than those of what is computed.
     """
 
@@ -56,6 +67,7 @@ class Trace(NamedTuple):
     x: tf.Tensor
     before: tuple
     noise: tuple
+    draws: tuple
     inputs: tuple
     sources: tuple
     after: tuple
@@ -68,11 +80,12 @@ class Trace(NamedTuple):
     d_before: tuple
     d_weights: tuple
     depends: dict
+    drawing: Drawing
     own_gradient: bool = False
 
     def simplified(self):
         """The same of a graph that is lean."""
-        graph, new_name = simplified(self.graph.graph)
+        graph, new_name = simplified(self.graph.graph, self.draws)
 
         def new(tensor):
             if tensor is None:
@@ -85,15 +98,21 @@ class Trace(NamedTuple):
             if name not in _NO_TENSORS
         }
         leaves = {t.name: self.depends[t.name] for t in _leaves(self.graph.operations)}
+        leaves |= {t.name: X for t in tensors["draws"]}
         depends = dependence(in_order(graph), leaves)
-        return self._replace(graph=Traced(graph), depends=depends, **tensors)
+        # All that is of rows there is an input, or made of the shape of one.
+        given = (self.x, *self.drawing.seeds)
+        part = Traced(self.graph.graph, set()).part(self.draws, given)
+        drawing = self.drawing._replace(part=part)
+        changed = {"graph": Traced(graph), "depends": depends, "drawing": drawing}
+        return self._replace(**changed, **tensors)
 
     def of(self, tensor, *kinds):
         """Whether the tensor depends on any of these."""
         return any(self.depends[tensor.name] & kind for kind in kinds)
 
 
-def trace(name, step, x, before, noise, variables):
+def trace(name, step, x, before, noise, variables, seed_of=None):
     """Trace a step.
 
     Args:
@@ -102,6 +121,8 @@ def trace(name, step, x, before, noise, variables):
             front; `before`, `noise`, `values` and `after` are flat lists.
         x, before, noise: `tf.TensorSpec` of what has rows.
         variables: (tensor, whether it has a gradient) of each of the step's variables.
+        seed_of: says of the handle of a variable how a seed is drawn from it, as a function
+            of nothing; None: it is no seed.
 
     Raises:
         ValueError: for a step whose gradient would be wrong.
@@ -113,7 +134,7 @@ def trace(name, step, x, before, noise, variables):
         with tf.GradientTape() as tape:  # which notes the variables that are read
             output, after = _inlined(step, arguments)
         watched = tape.watched_variables()
-        given = arguments, variables, watched
+        given = arguments, variables, watched, seed_of or (lambda handle: None)
         found.update(_derivative(name, graph, *given, output, after))
 
     values = [tf.TensorSpec(value.shape, value.dtype) for value, _ in variables]
@@ -139,21 +160,26 @@ def _inlined(step, arguments):
         tf.config.run_functions_eagerly(before)
 
 
-def _derivative(name, graph, arguments, variables, watched, output, after):
+def _derivative(name, graph, arguments, variables, watched, seed_of, output, after):
     """The rest of the graph, and the fields of its `Trace`."""
     x, before, noise, values = arguments
     refuse_effects(name, graph)
     after, place = _with_output(name, before, output, after)
-    inputs = _inputs(name, graph, values, variables, watched)
+    inputs, seeds = _inputs(name, graph, values, variables, watched, seed_of)
     leaves = (
         {x.name: X} | {t.name: NOISE for t in noise} | {t.name: STATE for t in before}
     )
     for tensor, _, trained in inputs:
         leaves[tensor.name] = WEIGHT | (trained and TRAINED)
-    depends = dependence(in_order(graph), leaves)
-    ways = _ways_to(after)
+    leaves |= {tensor.name: SEED for tensor, _ in seeds}
+    operations = in_order(graph)
+    depends = dependence(operations, leaves)
+    draws = draws_in(name, operations, depends, between(after))
+    leaves |= {t.name: X for t in draws}
+    depends, ways = dependence(operations, leaves), between(after, leaves.keys())
     _refuse_mixing(name, depends, ways)
-    read = _meeting_rows(depends, ways, _with_own_gradient(graph))
+    own = _with_own_gradient(graph)
+    read = at_edge(ways, depends, WEIGHT, WEIGHT | TRAINED, but=own)
     trained = [bool(depends[t.name] & TRAINED) and t.dtype.is_floating for t in read]
     adjoints = [tf.compat.v1.placeholder(t.dtype, t.shape) for t in after]
     sources = [x] * x.dtype.is_floating + [*before]
@@ -170,6 +196,7 @@ def _derivative(name, graph, arguments, variables, watched, output, after):
         "x": x,
         "before": tuple(before),
         "noise": tuple(noise),
+        "draws": tuple(draws),
         "inputs": tuple(tensor for tensor, _, _ in inputs),
         "sources": tuple(source for _, source, _ in inputs),
         "after": tuple(after),
@@ -182,39 +209,15 @@ def _derivative(name, graph, arguments, variables, watched, output, after):
         "d_before": tuple(d_before),
         "d_weights": tuple(d_weights),
         "depends": dependence(in_order(graph), leaves),
+        "drawing": Drawing(
+            tuple(draws), tuple(t for t, _ in seeds), tuple(drawn for _, drawn in seeds)
+        ),
     }
 
 
 def _leaves(operations):
     kinds = "Placeholder", "ReadVariableOp"
     return [op.outputs[0] for op in operations if op.type in kinds]
-
-
-def dependence(operations, leaves):
-    """What each tensor, by name, depends on: as bits, given those of the leaves."""
-    depends = {}
-    for operation in operations:
-        bits = 0
-        for tensor in operation.inputs:
-            bits |= depends[tensor.name]
-        if operation.type in ("Shape", "ShapeN", "Size", "ZerosLike", "OnesLike"):
-            bits = ROWS  # of the shape of its inputs alone
-        for tensor in operation.outputs:
-            depends[tensor.name] = leaves.get(tensor.name, bits)
-    return depends
-
-
-def source(tensor):
-    """What the tensor is another name of."""
-    return names_of(tensor)[-1]
-
-
-def names_of(tensor):
-    """The tensor, and what it is another name of."""
-    found = [tensor]
-    while found[-1].op.type in ("Identity", "EnsureShape"):
-        found.append(found[-1].op.inputs[0])
-    return found
 
 
 def _with_output(name, before, output, after):
@@ -247,11 +250,14 @@ def _with_output(name, before, output, after):
     return [*after, output], len(after)
 
 
-def _inputs(name, graph, values, variables, watched):
-    """(tensor, what it is outside, whether it has a gradient) of all that has no rows."""
+def _inputs(name, graph, values, variables, watched, seed_of):
+    """(tensor, what it is outside, whether it has a gradient) of all that has no rows.
+
+    And (tensor, how it is drawn) of seeds.
+    """
     found = [(t, *given) for t, given in zip(values, variables, strict=True)]
     of_handles = {id(variable.handle): variable for variable in watched}
-    handles = {}
+    handles, seeds = {}, []
     for outer, inner in graph.captures:
         if inner.dtype == tf.resource:
             handles[inner.name] = outer
@@ -281,9 +287,13 @@ def _inputs(name, graph, values, variables, watched):
                 )
             read, handle = operation.outputs[0], handles[tensor.name]
             variable = of_handles.get(id(handle))
+            drawn = seed_of(handle) if read.dtype.is_integer else None
+            if drawn is not None:
+                seeds.append((read, drawn))
+                continue
             outside = (handle, read.dtype) if variable is None else variable
             found.append((read, outside, variable is not None))
-    return found
+    return found, seeds
 
 
 def value_outside(source):
@@ -291,17 +301,6 @@ def value_outside(source):
     if isinstance(source, tuple):
         return tf.raw_ops.ReadVariableOp(resource=source[0], dtype=source[1])
     return tf.convert_to_tensor(source)
-
-
-def _ways_to(outputs):
-    """The names of all tensors that the outputs are computed from, and their own."""
-    found, waiting = {}, list(outputs)
-    while waiting:
-        tensor = waiting.pop()
-        if tensor.name not in found:
-            found[tensor.name] = tensor
-            waiting += tensor.op.inputs
-    return found
 
 
 def _refuse_mixing(name, depends, ways):
@@ -314,24 +313,6 @@ def _refuse_mixing(name, depends, ways):
             and tensor.dtype not in _NO_NUMBERS
         ):
             raise ValueError(mixes(name, f"{tensor.op.name} ({tensor.op.type})"))
-
-
-def _meeting_rows(depends, ways, own):
-    """The tensors that depend on inputs alone, at the edge to what depends on rows.
-
-    Args:
-        own: names of tensors that are not to be made outside of the step.
-    """
-    found = {}
-
-    def alone(tensor):
-        kinds = WEIGHT, WEIGHT | TRAINED
-        return depends[tensor.name] in kinds and tensor.name not in own
-
-    for tensor in reversed(ways.values()):
-        if not alone(tensor):
-            found |= {needed.name: needed for needed in filter(alone, tensor.op.inputs)}
-    return list(found.values())
 
 
 def _with_own_gradient(graph):

@@ -27,6 +27,7 @@ from keras_bptt.engine.blocks import (
     walk,
 )
 from keras_bptt.engine.clipping import arriving
+from keras_bptt.engine.draws import along_time
 from keras_bptt.engine.kept import (
     computed_again,
     from_storage,
@@ -112,7 +113,7 @@ def _summed(parts, stored):
 def gradients_of_part(options, weights, output_layer, kept, part):
     """The gradients of a part of the batch; those of weights are in wide numbers."""
     constants, x, states, y, cotangents = part
-    mask, noise, factors = constants
+    mask, noise, factors, draws = constants
     x, mask = processing_order(options, x, mask)
     seen = visible(options, mask)
     dy, d_last = _by_place(options, seen, cotangents)
@@ -130,10 +131,12 @@ def gradients_of_part(options, weights, output_layer, kept, part):
     def inputs(start, size, m):
         return unpadded(cut(along, start, size), m, fill)
 
+    numbers = along_time(options.cell, draws, blocks)
     if options.checkpoint_every is None:
         stored = from_storage(options, kept, y, mask, states, blocks)
     else:
-        stored = computed_again(options, weights, noise, kept, inputs, blocks)
+        given = weights, noise, kept, inputs, numbers
+        stored = computed_again(options, *given, blocks)
     real = None if mask is None else size_of(x, 1) - masked_steps(mask)
     block = _Block(
         options,
@@ -143,6 +146,7 @@ def gradients_of_part(options, weights, output_layer, kept, part):
         run_back,
         stored,
         inputs,
+        numbers,
         sequences,
         x.shape[2:] if x.dtype.is_floating else None,
         (blocks.steps, real),
@@ -186,6 +190,7 @@ class _Block:
         run_back: the pass of the recursion.
         stored: a function of a block, from `kept`.
         inputs: a function of start, size and mask: x of these steps, none of it padding.
+        numbers: a function of start and size: their random numbers.
         sequences: the mask, where outputs are visible, their cotangents and the factors of
             links, all (batch, timesteps, ...).
         features: the shape of a row of x, or None: it has no gradient.
@@ -199,6 +204,7 @@ class _Block:
     run_back: Callable
     stored: Callable
     inputs: Callable
+    numbers: Callable
     sequences: tuple
     features: tf.TensorShape | None
     lengths: tuple
@@ -222,8 +228,11 @@ class _Block:
         def inputs():
             return to_time_major(self.inputs(start, size, mask))
 
-        real = for_states(mask)
-        given = cell, weights, inputs, self.noise
+        real, numbers = (
+            for_states(mask),
+            mapped(to_time_major, self.numbers(start, size)),
+        )
+        given = cell, weights, inputs, self.noise, numbers
         point, before = point_of(*given, first, after, saved, to_time_major(real))
         terms = Terms(point, e, real, for_states(factors))
         given = valid, weights, self.noise, arrived, terms
@@ -236,7 +245,8 @@ class _Block:
         # First the recursion, which others wait for.
         with tf.control_dependencies(deltas):
             point = point._replace(before=before)
-            more, d_x = cell.gradients(weights, inputs, point, deltas, self.noise)
+            noise = (*self.noise, *numbers)
+            more, d_x = cell.gradients(weights, inputs, point, deltas, noise)
         sums = tuple(s + m for s, m in zip(sums, more, strict=True))
         if self.output_layer and e is not None:
             with tf.control_dependencies(more):

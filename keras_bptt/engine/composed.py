@@ -9,6 +9,7 @@ import functools
 
 import tensorflow as tf
 
+from keras_bptt.engine.draws import drawn
 from keras_bptt.engine.higher_orders import Known, states
 from keras_bptt.engine.masks import (
     filler,
@@ -27,6 +28,7 @@ from keras_bptt.runtime.tensors import (
     chosen,
     filled,
     mapped,
+    repeated,
     size_of,
     to_batch_major,
     to_time_major,
@@ -89,7 +91,10 @@ def every_state(options, constants, arguments):
         k = to_time_major(for_states(constants.link_factors))
         k = chosen(of_steps, k, tf.ones_like(k))
         factors = tuple(beside(k, s[None]) for s in initial)
-    known = Known(constants.noise, of_steps, factors)
+    draws, numbers = drawn(options.cell, constants.draws, size_of(x, 1)), ()
+    if draws is not None:
+        numbers = mapped(to_time_major, draws.numbers)
+    known = Known(constants.noise, of_steps, factors, numbers)
     return states(options, known, inputs, initial, weights)
 
 
@@ -119,9 +124,13 @@ def over_windows(options, constants, arguments):
         return tf.reshape(t, [-1, n, *t.shape[1:]])
 
     noise = mapped(lambda t: tf.repeat(t, n, axis=0), constants.noise)
+    draws = drawn(options.cell, constants.draws, steps)
+    if draws is not None:
+        numbers = tuple(windows(repeated(t, missing, axis=1)) for t in draws.numbers)
+        draws = draws._replace(numbers=numbers)
     y, last = over_steps(
         options.whole,
-        Constants(windows(mask), noise),
+        Constants(windows(mask), noise, draws=draws),
         Arguments(windows(x), weights, starts),
     )
     y = in_windows(y)

@@ -17,6 +17,7 @@ from keras_bptt.engine.blocks import (
     padded,
     walk,
 )
+from keras_bptt.engine.draws import along_time
 from keras_bptt.engine.kept import kept_tensors
 from keras_bptt.engine.masks import filler, processing_order, read_out, unpadded
 from keras_bptt.engine.output_layer import shown
@@ -48,7 +49,7 @@ def forward(options, constants, arguments):
 def forward_of_part(options, weights, output_layer, constants, x, states):
     """Return (y, states), and what is kept: a list for each tensor."""
     cell, every = options.cell, options.checkpoint_every
-    mask, noise, _ = constants
+    mask, noise, _, draws = constants
     x, mask = processing_order(options, x, mask)
     checkpoints = options.keep_states and every is not None
     kept = ()
@@ -74,12 +75,13 @@ def forward_of_part(options, weights, output_layer, constants, x, states):
         # outputs do.
         blocks = blocks.in_one()
     fill, inputs, real = filler(x, mask), continued(x, blocks), padded(mask, blocks)
-    along_time = mapped(lambda t: t[:, None], noise)
+    of_steps = mapped(lambda t: t[:, None], noise)
+    numbers = along_time(cell, draws, blocks)
 
     def block(start, size, valid, before):
         m = cut(real, start, size)
         x = unpadded(cut(inputs, start, size), m, fill)
-        drive = cell.project(weights, x, along_time)
+        drive = cell.project(weights, x, (*of_steps, *numbers(start, size)))
         given = valid, weights, noise, before, drive, m
         static = options, stacked
         after, *tensors = call(states_pass, static, options.jit_compile, *given)

@@ -37,6 +37,7 @@ class Known(NamedTuple):
 
     Attributes:
         noise: the cell's.
+        numbers: its random numbers of every step, (timesteps, batch, ...) each.
         mask: bool (timesteps, batch, 1), False where the state is to stay.
         factors: of the links, for each state (timesteps, batch, ...), 1 at masked steps
             and at the first real one.
@@ -45,6 +46,12 @@ class Known(NamedTuple):
     noise: tuple
     mask: tf.Tensor | None = None
     factors: tuple | None = None
+    numbers: tuple = ()
+
+    @property
+    def of_all_steps(self):
+        """What a cell reads beside the inputs of all steps."""
+        return (*self.noise, *self.numbers)
 
 
 def states(options, known, x, initial, weights):
@@ -69,7 +76,7 @@ def states(options, known, x, initial, weights):
 
 def _states_loop(options, known, x, initial, weights):
     cell = options.cell
-    drive = cell.project(weights, x, known.noise)
+    drive = cell.project(weights, x, known.of_all_steps)
 
     def step(before, read):
         drive, mask = read
@@ -106,7 +113,7 @@ def _gradient_of_states(options, known, x, initial, weights, after, e):
     cell, noise = options.cell, known.noise
     drive = saved = None
     if cell.wants & {"drive", "saved"}:
-        drive = cell.project(weights, x, noise)
+        drive = cell.project(weights, x, known.of_all_steps)
         _, saved = cell.step(weights, drive, before, noise)
     point = cell.point(drive=drive, before=before, after=after, saved=saved)
     weights_back = cell.weights_back(weights)
@@ -125,7 +132,8 @@ def _gradient_of_states(options, known, x, initial, weights, after, e):
     _, deltas = cell.step_back(weights_back, point, a, noise)
     deltas = tuple(chosen(known.mask, d, tf.zeros_like(d)) for d in deltas)
     everything = point._replace(before=[[b] for b in before])
-    d_weights, d_x = cell.gradients(weights, lambda: x, everything, deltas, noise)
+    given = everything, deltas, known.of_all_steps
+    d_weights, d_x = cell.gradients(weights, lambda: x, *given)
     # The link into the first step, which nothing truncates.
     first, a_1 = mapped(lambda t: one(t, 0), (point, a))
     whole = Known(noise, None if known.mask is None else known.mask[0])

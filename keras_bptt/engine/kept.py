@@ -86,21 +86,23 @@ def from_storage(options, kept, y, mask, initial, blocks):
     return stored
 
 
-def computed_again(options, weights, noise, starts, inputs, blocks):
+def computed_again(options, weights, noise, starts, inputs, numbers, blocks):
     """The same, from the states before the blocks, each (blocks, batch, ...).
 
     Args:
         inputs: a function of start, size and mask: x of these steps, batch-major.
+        numbers: a function of start and size: their random numbers.
     """
     cell, number = options.cell, len(starts)
     static = options, tuple(range(number_of_tensors(cell, starts, weights)))
-    along_time = mapped(lambda t: t[:, None], noise)
+    of_steps = mapped(lambda t: t[:, None], noise)
 
     def again(start, size, valid, m):
         # With one block its size may be a tensor.
         place = 0 if isinstance(start, int) and start == 0 else start // blocks.size
         first = tuple(t[place] for t in starts)
-        drive = cell.project(weights, inputs(start, size, m), along_time)
+        of_all = (*of_steps, *numbers(start, size))
+        drive = cell.project(weights, inputs(start, size, m), of_all)
         given = valid, weights, noise, first, drive, m
         _, *found = call(states_pass, static, options.jit_compile, *given)
         return first, tuple(found[:number]), tuple(found[number:])
@@ -108,11 +110,12 @@ def computed_again(options, weights, noise, starts, inputs, blocks):
     return again
 
 
-def point_of(cell, weights, x, noise, first, after, saved, mask):
+def point_of(cell, weights, x, noise, numbers, first, after, saved, mask):
     """Where the steps of a block are differentiated, from what is stored of them.
 
     Args:
         x: a function: their inputs, time-major, none of them padding.
+        numbers: their random numbers, time-major.
         first: the states before the block.
         mask: bool (timesteps, batch, 1), or None.
 
@@ -125,7 +128,7 @@ def point_of(cell, weights, x, noise, first, after, saved, mask):
     if again or "before" in cell.wants:
         before = tuple(map(joined_pieces, pieces))
     if again or "drive" in cell.wants:
-        drive = cell.project(weights, x(), noise)
+        drive = cell.project(weights, x(), (*noise, *numbers))
     if again:
         _, saved = cell.step(weights, drive, before, noise)
     saved = tuple(s if mask is None else where(beside(mask, s), s) for s in saved)

@@ -54,6 +54,26 @@ class Options:
         return (self.adjoint_clipnorm, self.adjoint_max_growth) != (None, None)
 
 
+class Draws(NamedTuple):
+    """The random numbers of all steps, or what they are drawn from.
+
+    All have the batch in front, so that a part of it may be taken. Steps are in the order
+    of processing.
+
+    Attributes:
+        seeds: of the call, for each example again (batch, seeds, 2).
+        example, number: which example of how many it is (batch,).
+        start: how many steps there are before the first (batch,); None: none.
+        numbers: what was drawn, (batch, timesteps, ...) each; None: nothing yet.
+    """
+
+    seeds: tf.Tensor
+    example: tf.Tensor
+    number: tf.Tensor
+    start: tf.Tensor | None = None
+    numbers: tuple | None = None
+
+
 class Constants(NamedTuple):
     """Tensors without a gradient; what is None is left out of the computation.
 
@@ -64,11 +84,13 @@ class Constants(NamedTuple):
         link_factors: (batch, timesteps), in the order of processing: what the gradient is
             multiplied by where it passes from a step to the one before. Not used where
             that is the initial state, and at masked steps.
+        draws: the random numbers of every step, of a cell that draws some.
     """
 
     mask: tf.Tensor | None = None
     noise: tuple = ()
     link_factors: tf.Tensor | None = None
+    draws: Draws | None = None
 
 
 class Arguments(NamedTuple):

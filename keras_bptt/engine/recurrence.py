@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_bptt.engine.backward import backward
 from keras_bptt.engine.composed import composed
+from keras_bptt.engine.draws import drawn, of_steps
 from keras_bptt.engine.forward import forward
 from keras_bptt.engine.kept import kept_tensors
 from keras_bptt.engine.masks import (
@@ -63,8 +64,18 @@ def recurrence(options: Options, constants: Constants, arguments: Arguments):
 
 
 def _over_all(options, constants, arguments):
-    constants = constants._replace(link_factors=link_factors(options, constants))
+    constants = constants._replace(
+        link_factors=link_factors(options, constants),
+        draws=_at_once(options, constants, arguments),
+    )
     return explicit_first_order(DERIVATION, options, constants, arguments)
+
+
+def _at_once(options, constants, arguments):
+    """The draws: as numbers where the states of all steps are kept too."""
+    if options.keep_states and options.checkpoint_every is None:
+        return drawn(options.cell, constants.draws, size_of(arguments.x, 1))
+    return constants.draws
 
 
 def _over_windows(options, constants, arguments):
@@ -78,12 +89,17 @@ def _over_windows(options, constants, arguments):
         _, mask = processing_order(asked, arguments.x, mask)
         places = packing(mask)
         *sequences, packed = (_gathered(options, t, places) for t in (*sequences, mask))
-        constants = constants._replace(mask=packed)
+        draws = drawn(options.cell, constants.draws, size_of(arguments.x, 1))
+        if draws is not None:
+            numbers = tuple(_gathered(options, t, places) for t in draws.numbers)
+            draws = draws._replace(numbers=numbers)
+        constants = constants._replace(mask=packed, draws=draws)
     x, *zeros = sequences
     arguments = arguments._replace(x=x, zeros=tuple(zeros))
     if not options.return_sequences:
         _, last = _last_window(options, constants, arguments)
         return read_out(asked, mask, None, last[options.cell.output]), last
+    constants = constants._replace(draws=_at_once(options, constants, arguments))
     y, last = explicit_first_order(DERIVATION, options, constants, arguments)
     if mask is not None:
         # In wide numbers, for a step that is shown often has a sum of cotangents.
@@ -99,12 +115,14 @@ def _last_window(options, constants, arguments):
     if not isinstance(start, int):
         # One step at least, for XLA cannot walk none. Where there is none it is not used.
         start, end = tf.maximum(start, 0), tf.maximum(start, 1)
-    mask, before, window = constants.mask, constants, constants
+    mask, draws = constants.mask, constants.draws
+    before = constants._replace(draws=of_steps(draws, 0, end))
+    window = constants._replace(draws=of_steps(draws, start, steps - start))
     # No real step lies before the window: it begins at the initial state.
     at_start = tf.reshape(tf.equal(start, 0), [1, 1])
     if mask is not None:
-        before = constants._replace(mask=mask[:, :end])
-        window = constants._replace(mask=mask[:, start:])
+        before = before._replace(mask=mask[:, :end])
+        window = window._replace(mask=mask[:, start:])
         at_start = masked_steps(mask) >= start
     numbers = mapped(cut_off, arguments._replace(x=arguments.x[:, :end], zeros=()))
     unkept = options.whole.but(keep_states=False, observed=False)

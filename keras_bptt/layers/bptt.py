@@ -191,10 +191,11 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
         with keras.StatelessScope():
             x = tf.zeros([1, 1, *self._features], self._dtype_of_inputs)
             states = self.get_initial_state(batch_size=1)
-            cell, _, _ = step_of(self.cell, x, states, training=False)
+            cell, *_ = step_of(self.cell, x, states, training=False)
         return plan_of(self.cell.name, cell)
 
     def _step(self, sequences, states, training):
         self._dtype_of_inputs = sequences.dtype.name
-        cell, weights, noise = step_of(self.cell, sequences, states, training)
-        return Step(cell, weights, noise, lambda: xla_compiles(cell))
+        found = step_of(self.cell, sequences, states, training)
+        cell, weights, noise, seeds = found
+        return Step(cell, weights, noise, lambda: xla_compiles(cell), seeds)

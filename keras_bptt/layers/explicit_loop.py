@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.cells.cell import Cell
+from keras_bptt.engine.draws import draws_of
 from keras_bptt.engine.options import Arguments, Constants, Options
 from keras_bptt.engine.recurrence import recurrence
 from keras_bptt.layers import arguments
@@ -23,6 +24,7 @@ from keras_bptt.layers.output_layer import (
     output_layer,
     weights_of,
 )
+from keras_bptt.runtime.tensors import size_of
 from keras_bptt.truncation import RandomizedTruncation
 
 if keras.config.backend() != "tensorflow":
@@ -49,12 +51,14 @@ class Step(NamedTuple):
         weights: its weights, as they are stored.
         noise: what it has of each example at all steps, such as dropout factors.
         xla_compiles: says whether XLA can compile it.
+        seeds: from which it draws random numbers in every step of this call.
     """
 
     cell: Cell
     weights: list
     noise: tuple
     xla_compiles: Callable
+    seeds: tuple = ()
 
 
 class ExplicitLoop(GradientOptions):
@@ -185,13 +189,16 @@ class ExplicitLoop(GradientOptions):
             adjoint_clipnorm=arguments.clipnorm_of(self.adjoint_clipnorm, dtype),
             adjoint_max_growth=self.adjoint_max_growth,
         )
-        constants = Constants(mask_of(mask, sequences), tuple(step.noise), factors)
+        batch = size_of(sequences, 0)
+        draws = draws_of(step.seeds, batch)
+        constants = Constants(
+            mask_of(mask, sequences), tuple(step.noise), factors, draws
+        )
         product = is_product(g, dtype)
         output_weights = weights_of(self.cell, g) if product else ()
         flat = keras.tree.flatten(states)
         # An output that is no state is one that nothing reads.
         shapes = step.cell.shapes(step.weights).states[len(flat) :]
-        batch = tf.shape(sequences)[0]
         more = [tf.zeros([batch, *shape], flat[0].dtype) for shape in shapes]
         given = Arguments(
             sequences, tuple(step.weights), (*flat, *more), tuple(output_weights)

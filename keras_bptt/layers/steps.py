@@ -8,8 +8,9 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.cells.derived import derived
-from keras_bptt.cells.refusals import draws, updates
+from keras_bptt.cells.refusals import updates
 from keras_bptt.cells.tracing import trace, value_outside
+from keras_bptt.layers.seeds import is_seed, seed_of
 from keras_bptt.layers.weights import uncast
 
 
@@ -31,7 +32,7 @@ class Call(NamedTuple):
 
 
 def step_of(cell, x, states, training):
-    """The cell compiled from one step, its weights and its noise, in this call.
+    """The cell compiled from one step, its weights, noise and seeds, in this call.
 
     Args:
         cell: of Keras.
@@ -43,8 +44,8 @@ def step_of(cell, x, states, training):
     noise = tf.nest.flatten([f for _, f in factors])
     noise = [t for t in noise if t is not None]
     variables = getattr(cell, "variables", [])
-    # Not the state of a seed, which no step may read: an export would hold it.
-    read = [v for v in variables if not _is_seed(v)]
+    # Not the state of a seed, which is drawn from outside of the step.
+    read = [v for v in variables if not is_seed(v)]
     values = uncast(read)
     traced = trace(
         _name(cell),
@@ -53,9 +54,11 @@ def step_of(cell, x, states, training):
         [_row(cell, state) for state in keras.tree.flatten(states)],
         [_row(cell, t) for t in noise],
         [(t, v.trainable) for t, v in zip(values, read, strict=True)],
+        seed_of(variables),
     )
     known = derived(_name(cell), traced)
-    return known, known.weights_from(map(value_outside, traced.sources)), noise
+    weights = known.weights_from(map(value_outside, traced.sources))
+    return known, weights, noise, tuple(draw() for draw in traced.drawing.sources)
 
 
 def _called(call, variables, read, x, before, noise, values):
@@ -75,14 +78,9 @@ def _called(call, variables, read, x, before, noise, values):
         known = [scope.get_current_value(v) for v in variables]
         output, after = (cell if callable(cell) else cell.call)(x, states, **given)
     for variable, value in zip(variables, known, strict=True):
-        if scope.get_current_value(variable) is not value:
-            refused = draws if _is_seed(variable) else updates
-            raise ValueError(refused(_name(cell), variable.path))
+        if scope.get_current_value(variable) is not value and not is_seed(variable):
+            raise ValueError(updates(_name(cell), variable.path))
     return output, keras.tree.flatten(after)
-
-
-def _is_seed(variable):
-    return variable.name == "seed_generator_state"
 
 
 def _dropout_factors(cell, x, states):

@@ -19,9 +19,13 @@ import tensorflow as tf
 from keras_bptt.runtime.subgraphs import has_rows
 
 
-def simplified(graph):
-    """A graph that computes the same, and a function from its tensors' names to the new."""
-    renamed = {}
+def simplified(graph, given=()):
+    """A graph that computes the same, and a function from its tensors' names to the new.
+
+    Args:
+        given: tensors that are leaves of the new graph, whatever made them.
+    """
+    renamed, given = {}, {t.name for t in given}
 
     def new_name(name):
         while name in renamed:
@@ -29,7 +33,7 @@ def simplified(graph):
         return name
 
     for alone in False, True, True:
-        rewriting = _Rewriting(graph, alone)
+        rewriting = _Rewriting(graph, alone, given)
         rewriting.run()
         if not rewriting.changed:
             continue
@@ -45,10 +49,11 @@ class _Rewriting:
 
     Args:
         alone: whether to rewrite parts of a tensor that are no whole together.
+        given: names of tensors that are leaves.
     """
 
-    def __init__(self, graph, alone):
-        self.alone = alone
+    def __init__(self, graph, alone, given):
+        self.alone, self.given = alone, given
         self.graph = graph
         self.nodes = graph.as_graph_def()
         self.by_name = {node.name: node for node in self.nodes.node}
@@ -56,6 +61,10 @@ class _Rewriting:
 
     def run(self):
         for operation in self.graph.get_operations():
+            if any(t.name in self.given for t in operation.outputs):
+                if operation.type != "Placeholder":
+                    self._leaf(operation)
+                continue
             rewrite = getattr(self, f"_{operation.type.lower()}", None)
             # What has been rewritten before is read by nobody.
             if rewrite is not None and any(t.consumers() for t in operation.outputs):
@@ -89,11 +98,13 @@ class _Rewriting:
 
     # --- One for each type of operation
 
-    def _readvariableop(self, operation):
-        """A leaf like any other; its shape is that of the variable, which is left out."""
-        node, read = self.by_name[operation.name], operation.outputs[0]
-        self._set(node, "Placeholder", [], dtype=read.dtype)
-        node.attr["shape"].shape.CopyFrom(read.shape.as_proto())
+    def _leaf(self, operation):
+        """What is given from outside, whose static shape stays."""
+        node, output = self.by_name[operation.name], operation.outputs[0]
+        self._set(node, "Placeholder", [], dtype=output.dtype)
+        node.attr["shape"].shape.CopyFrom(output.shape.as_proto())
+
+    _readvariableop = _leaf
 
     def _identity(self, operation):
         self._rename(operation.outputs[0], operation.inputs[0].name)
