@@ -166,6 +166,7 @@ def configurations(draw, modes, names=tuple(EVERY)):
         "output_is_no_state",
         "residual",
         "shows_inputs",
+        "nested",
         "state_that_stays",
         "state_that_nobody_reads",
         "matrix",
@@ -204,7 +205,7 @@ def check_drawn(drawn):
         call["training"] = True
     random = isinstance(options.get("truncation"), RandomizedTruncation)
     # Some custom gradients read variables, which TensorFlow takes in a graph alone.
-    side = "graph" if name in OWN and mode == "plain" else plain(mode, random)
+    side = "graph" if name in OWN else plain(mode, random)
     expected = evaluate(theirs, x, side, **call)
     assert_near(evaluate(ours, x, mode, **call), expected)
 
