@@ -4,8 +4,9 @@
     python benchmarks/any_cell.py --cells LSTMCell "layer norm" --seconds 10
 
 Both layers have the same weights and must agree on the gradients before they are timed, in
-one process, round by round. What counts is the ratio of the lower quartiles. Memory is the
-peak of a process of its own (Linux), as in `memory.py`.
+one process, round by round. (They draw other random numbers: a cell that draws some must
+agree without them.) What counts is the ratio of the lower quartiles. Memory is the peak of
+a process of its own (Linux), as in `memory.py`.
 """
 
 import argparse
@@ -53,7 +54,54 @@ class LayerNormCell(keras.layers.Layer):
         return h, [h]
 
 
+class LeakyCell(keras.layers.Layer):
+    """A rate network of leaky units, each step with noise of its own."""
+
+    noise = 0.1
+
+    def __init__(self, units, **options):
+        super().__init__(**options)
+        self.units = self.state_size = units
+        self.seed_generator = keras.random.SeedGenerator(1)
+
+    def build(self, shape):
+        units = self.units
+        self.kernel = self.add_weight(shape=(shape[-1], units), name="kernel")
+        self.recurrent_kernel = self.add_weight(
+            shape=(units, units), initializer="orthogonal", name="recurrent_kernel"
+        )
+        self.bias = self.add_weight(shape=(units,), initializer="zeros", name="bias")
+
+    def call(self, x, states, training=False):
+        h = states[0]
+        z = x @ self.kernel + h @ self.recurrent_kernel + self.bias
+        if self.noise:
+            drawn = keras.random.normal(keras.ops.shape(h), seed=self.seed_generator)
+            z += self.noise * drawn
+        h = 0.8 * h + 0.2 * keras.ops.tanh(z)
+        return h, [h]
+
+
+class ZoneoutCell(keras.layers.LSTMCell):
+    """An LSTM of which each number of the states stays as it is with probability 0.1."""
+
+    noise = 0.1
+
+    def call(self, inputs, states, training=False):
+        _, new = super().call(inputs, states, training=training)
+        if self.noise and training:
+            new = [self._zoneout(*pair) for pair in zip(states, new, strict=True)]
+        return new[0], new
+
+    def _zoneout(self, before, after):
+        shape = keras.ops.shape(before)
+        drawn = keras.random.uniform(shape, seed=self.seed_generator)
+        return keras.ops.where(drawn < self.noise, before, after)
+
+
 CELLS = {
+    "leaky, noise": LeakyCell,
+    "zoneout LSTM": ZoneoutCell,
     "layer norm": LayerNormCell,
     "LSTMCell": keras.layers.LSTMCell,
     "GRUCell, reset after": keras.layers.GRUCell,
@@ -106,11 +154,17 @@ def training_step(layer, shape, mode="graph", order=1):
 def measure(cell, shape, seconds, mode="graph", order=1):
     """Quartiles of both layers in milliseconds, and the seconds of their first steps."""
     steps, first, gradients = {}, {}, {}
-    for name, layer in layers(cell, shape[2], shape[3]).items():
+    found = layers(cell, shape[2], shape[3])
+    for name, layer in found.items():
         steps[name] = training_step(layer, shape, mode, order)
         start = time.perf_counter()
         gradients[name] = steps[name]()
         first[name] = time.perf_counter() - start
+    if hasattr(CELLS[cell], "noise"):
+        for name, layer in found.items():
+            layer.cell.noise = 0.0
+            gradients[name] = training_step(layer, shape, mode, order)()
+            layer.cell.noise = CELLS[cell].noise
     pairs = zip(gradients[OURS], gradients[THEIRS], strict=True)
     worst = max(np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in pairs)
     if worst > TOLERANCE:

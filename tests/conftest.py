@@ -7,6 +7,7 @@ import tensorflow as tf
 from helpers import MODES
 
 import keras_bptt.engine.blocks
+import keras_bptt.engine.draws
 import keras_bptt.engine.loops
 
 # So that a few steps are some blocks, or some and a shorter one, and some iterations.
@@ -17,6 +18,7 @@ SMALL = {
         "COMPILED_SIZE": 4,
         "LOOP_SIZE": 4,
     },
+    keras_bptt.engine.draws: {"GROUP": 3, "MOST": 2},
     keras_bptt.engine.loops: {"STEPS_PER_ITERATION": 2},
 }
 USUAL = {
