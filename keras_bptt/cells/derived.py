@@ -288,7 +288,7 @@ def derived(name, trace: Trace, probe: bool = True) -> Derived:
         ValueError: where the step mixes examples.
     """
     inner = [trace.x, *trace.before, *trace.noise, *trace.inputs, *trace.adjoints]
-    inner += [*trace.draws, *trace.drawing.seeds]
+    inner += [*trace.draws, *trace.drawing.reads]
     outer = [*trace.after, trace.d_x, *trace.d_before, *trace.d_weights]
     marks = [inner, [t for t in outer if t is not None], trace.read]
     key = f"{trace.graph.fingerprint(*marks)} {trace.output} {trace.trained}"

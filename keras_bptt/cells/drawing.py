@@ -6,6 +6,7 @@ by the very operations of the step, for as many rows as are asked for, from a se
 call has for itself.
 """
 
+import collections
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -40,9 +41,9 @@ class Drawing(NamedTuple):
 
     Attributes:
         draws: tensors of the step's graph, each with rows.
-        seeds: the seeds that they are drawn from, tensors of that graph.
+        seeds: of each seed that they are drawn from all tensors of the graph that read it.
         sources: of each seed a function that draws one.
-        part: computes draws from rows of x, whose number alone counts, and seeds.
+        part: computes the draws from rows of x, whose number alone counts, and all `reads`.
     """
 
     draws: tuple = ()
@@ -50,15 +51,35 @@ class Drawing(NamedTuple):
     sources: tuple = ()
     part: Part | None = None
 
+    @property
+    def reads(self):
+        return [tensor for tensors in self.seeds for tensor in tensors]
+
     def numbers(self, seeds, rows):
         """The draws of so many rows."""
         if not self.draws:
             return ()
-        return tuple(self.part([tf.zeros([rows, 0]), *seeds]))
+        pairs = zip(seeds, self.seeds, strict=True)
+        read = [seed for seed, tensors in pairs for _ in tensors]
+        return tuple(self.part([tf.zeros([rows, 0]), *read]))
+
+    def check(self, name, rows):
+        """Raise where so many rows would not have a draw each."""
+        with tf.init_scope():
+            seeds = [tf.zeros(t[0].shape, t[0].dtype) for t in self.seeds]
+            try:
+                numbers = self.numbers(seeds, rows)
+            except (ValueError, tf.errors.InvalidArgumentError):
+                numbers = [tf.zeros([0])]
+        if any(t.shape[0] != rows for t in numbers):
+            where = ", ".join(t.op.name for t in self.draws)
+            raise ValueError(
+                draws_for_no_row(name, f"{where}, not one for each example")
+            )
 
 
 def draws_in(name, operations, depends, ways):
-    """The draws that others of `ways` read, or that are results.
+    """The draws that the step reads, or returns.
 
     Args:
         operations: of the step, in order.
@@ -68,23 +89,27 @@ def draws_in(name, operations, depends, ways):
     Raises:
         ValueError: for numbers that would not be a step's and an example's own.
     """
+    readers = collections.Counter(
+        t.name for way in ways.values() for t in way.op.inputs
+    )
     drawn = {}
     for operation in operations:
-        wanted = [t for t in operation.outputs if t.name in ways]
-        if is_random(operation.type) and wanted:
+        wanted = {t.name: t for t in operation.outputs if t.name in ways}
+        if not wanted:
+            continue
+        if is_random(operation.type):
             _refuse(name, operation, depends)
-        elif operation.type not in _OF_EACH or not any(
-            t.name in drawn for t in operation.inputs
-        ):
-            continue
-        elif any(t.name not in drawn and depends[t.name] for t in operation.inputs):
-            continue
-        drawn |= {t.name: t for t in wanted}
-    inner = {t.name for t in drawn.values() for t in t.op.inputs}
-    read = {
-        t.name for way in ways.values() if way.name not in drawn for t in way.op.inputs
-    }
-    found = [t for t in drawn.values() if t.name in read or t.name not in inner]
+            drawn |= wanted
+        elif operation.type in _OF_EACH:
+            draws = [t for t in operation.inputs if t.name in drawn]
+            others = [t for t in operation.inputs if t.name not in drawn]
+            # Not where the draw itself is read too: both would be drawn.
+            alone = draws and all(readers[t.name] == 1 for t in draws)
+            if alone and not any(depends[t.name] for t in others):
+                for t in draws:
+                    del drawn[t.name]
+                drawn |= wanted
+    found = list(drawn.values())
     for tensor in found:
         if not has_rows(tensor):
             where = f"{tensor.op.name}, of shape {tensor.shape}"
@@ -102,4 +127,4 @@ def _refuse(name, operation, depends):
     if not operation.type.startswith("Stateless") or bits & ~(SEED | ROWS):
         raise ValueError(draws_by(name, where))
     if not bits & SEED:
-        raise ValueError(draws_alike(name, where))
+        raise draws_alike(name, where)

@@ -19,6 +19,7 @@ class Plan:
         name: of the cell.
         products: of each part, by name, how many matrix products it has.
         multiply_adds: of the products that wait for the state before.
+        drawn: how many random numbers it draws.
         states, drive, saved, deltas: how many numbers the states have, inputs make for the
             step, the step keeps for the way back beside the states, and the way back makes
             for the gradients of weights and inputs.
@@ -33,6 +34,7 @@ class Plan:
     name: str
     products: dict
     multiply_adds: int
+    drawn: int
     states: int
     drive: int
     saved: int
@@ -45,9 +47,10 @@ class Plan:
     def __str__(self):
         again = ", ".join(f"{n} {kind}" for kind, n in self.computed_again.items())
         trained, weights = self.trained
+        drawn = f"; {self.drawn} numbers drawn" if self.drawn else ""
         lines = {
             "project": f"for all steps at once: {_products(self, 'project')}, "
-            f"{self.drive} numbers",
+            f"{self.drive} numbers{drawn}",
             "step": f"step by step: {_products(self, 'step')} of the state "
             f"({self.multiply_adds} multiply-adds); {self.states} numbers of states, "
             f"{self.saved} more saved",
@@ -95,6 +98,7 @@ def plan_of(name: str, cell: Derived) -> Plan:
             for n in names
         },
         sum(map(multiply_adds, parts.step.operations)),
+        numbers(trace.draws),
         numbers(trace.after[: len(trace.before)]),
         numbers(division.drive),
         numbers(division.saved),

@@ -24,6 +24,8 @@ def probed(name, trace):
         ValueError: where a row of a result depends on another row of what is given.
     """
     graph = trace.graph
+    for rows in (FEW, MANY):
+        trace.drawing.check(name, rows)
     leaves = [trace.x, *trace.before, *trace.noise, *trace.draws, *trace.adjoints]
     candidates = [
         t
@@ -101,7 +103,7 @@ def _has_own_gradient(trace, random):
     found = iter(found)
     close = 5e-2 if trace.before[0].dtype.size == 2 else 1e-4
     for own, other in zip(written, plain, strict=True):
-        own = tf.zeros_like(other) if own is None else next(found)
+        own = np.zeros_like(other) if own is None else next(found)
         if not np.allclose(own, other, close, close, equal_nan=True):
             return True
     return False

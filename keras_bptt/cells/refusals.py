@@ -53,9 +53,13 @@ def draws_by(name, where):
     )
 
 
+class FixedSeed(ValueError):
+    """A step draws from a seed that never changes."""
+
+
 def draws_alike(name, where):
-    """What to say of a step that draws from a seed that never changes."""
-    return (
+    """What to say of it."""
+    return FixedSeed(
         f"The step of {name} must draw from a seed of its own, for the numbers of every "
         f"step would be the same. Received: a fixed seed, in {where}. Make "
         "`self.seed_generator = keras.random.SeedGenerator(seed)` in `__init__` and pass "

@@ -29,7 +29,7 @@ from keras_bptt.cells.dependence import (
     source,
 )
 from keras_bptt.cells.drawing import Drawing, draws_in
-from keras_bptt.cells.refusals import mixes, refuse_effects
+from keras_bptt.cells.refusals import draws_by, mixes, refuse_effects
 from keras_bptt.runtime.simplify import simplified
 from keras_bptt.runtime.subgraphs import Traced, has_rows, in_order, own_gradients
 
@@ -101,7 +101,7 @@ class Trace(NamedTuple):
         leaves |= {t.name: X for t in tensors["draws"]}
         depends = dependence(in_order(graph), leaves)
         # All that is of rows there is an input, or made of the shape of one.
-        given = (self.x, *self.drawing.seeds)
+        given = (self.x, *self.drawing.reads)
         part = Traced(self.graph.graph, set()).part(self.draws, given)
         drawing = self.drawing._replace(part=part)
         changed = {"graph": Traced(graph), "depends": depends, "drawing": drawing}
@@ -171,13 +171,18 @@ def _derivative(name, graph, arguments, variables, watched, seed_of, output, aft
     )
     for tensor, _, trained in inputs:
         leaves[tensor.name] = WEIGHT | (trained and TRAINED)
-    leaves |= {tensor.name: SEED for tensor, _ in seeds}
+    leaves |= {t.name: SEED for _, tensors in seeds.values() for t in tensors}
     operations = in_order(graph)
     depends = dependence(operations, leaves)
     draws = draws_in(name, operations, depends, between(after))
     leaves |= {t.name: X for t in draws}
     depends, ways = dependence(operations, leaves), between(after, leaves.keys())
     _refuse_mixing(name, depends, ways)
+    for tensor in ways.values():
+        if depends[tensor.name] & SEED:
+            raise ValueError(
+                draws_by(name, f"{tensor.op.name}, which is made of a seed")
+            )
     own = _with_own_gradient(graph)
     read = at_edge(ways, depends, WEIGHT, WEIGHT | TRAINED, but=own)
     trained = [bool(depends[t.name] & TRAINED) and t.dtype.is_floating for t in read]
@@ -210,7 +215,9 @@ def _derivative(name, graph, arguments, variables, watched, seed_of, output, aft
         "d_weights": tuple(d_weights),
         "depends": dependence(in_order(graph), leaves),
         "drawing": Drawing(
-            tuple(draws), tuple(t for t, _ in seeds), tuple(drawn for _, drawn in seeds)
+            tuple(draws),
+            tuple(tuple(tensors) for _, tensors in seeds.values()),
+            tuple(drawn for drawn, _ in seeds.values()),
         ),
     }
 
@@ -253,11 +260,11 @@ def _with_output(name, before, output, after):
 def _inputs(name, graph, values, variables, watched, seed_of):
     """(tensor, what it is outside, whether it has a gradient) of all that has no rows.
 
-    And (tensor, how it is drawn) of seeds.
+    And of each seed how it is drawn, and the tensors that read it.
     """
     found = [(t, *given) for t, given in zip(values, variables, strict=True)]
     of_handles = {id(variable.handle): variable for variable in watched}
-    handles, seeds = {}, []
+    handles, seeds = {}, {}
     for outer, inner in graph.captures:
         if inner.dtype == tf.resource:
             handles[inner.name] = outer
@@ -287,13 +294,14 @@ def _inputs(name, graph, values, variables, watched, seed_of):
                 )
             read, handle = operation.outputs[0], handles[tensor.name]
             variable = of_handles.get(id(handle))
-            drawn = seed_of(handle) if read.dtype.is_integer else None
-            if drawn is not None:
-                seeds.append((read, drawn))
+            if id(handle) not in seeds and read.dtype.is_integer:
+                seeds[id(handle)] = seed_of(handle), []
+            if seeds.get(id(handle), (None,))[0] is not None:
+                seeds[id(handle)][1].append(read)
                 continue
             outside = (handle, read.dtype) if variable is None else variable
             found.append((read, outside, variable is not None))
-    return found, seeds
+    return found, {key: seed for key, seed in seeds.items() if seed[1]}
 
 
 def value_outside(source):

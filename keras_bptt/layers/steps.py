@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_bptt.cells.derived import derived
-from keras_bptt.cells.refusals import updates
+from keras_bptt.cells.refusals import FixedSeed, updates
 from keras_bptt.cells.tracing import trace, value_outside
 from keras_bptt.layers.seeds import is_seed, seed_of
 from keras_bptt.layers.weights import uncast
@@ -47,7 +47,7 @@ def step_of(cell, x, states, training):
     # Not the state of a seed, which is drawn from outside of the step.
     read = [v for v in variables if not is_seed(v)]
     values = uncast(read)
-    traced = trace(
+    given = (
         _name(cell),
         lambda *arguments: _called(call, variables, read, *arguments),
         tf.TensorSpec([None, *x.shape[2:]], x.dtype),
@@ -56,6 +56,11 @@ def step_of(cell, x, states, training):
         [(t, v.trainable) for t, v in zip(values, read, strict=True)],
         seed_of(variables),
     )
+    try:
+        traced = trace(*given)
+    except FixedSeed:
+        # Or the seed of Keras itself, which has only now been made.
+        traced = trace(*given)
     known = derived(_name(cell), traced)
     weights = known.weights_from(map(value_outside, traced.sources))
     return known, weights, noise, tuple(draw() for draw in traced.drawing.sources)

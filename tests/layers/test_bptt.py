@@ -35,6 +35,7 @@ from twins import masks, truncations
 from unrolled import Unrolled
 
 from keras_bptt import BPTT, BPTTRNN, RandomizedTruncation
+from keras_bptt.cells import derived
 from keras_bptt.truncation import policy
 
 T = 7
@@ -141,6 +142,13 @@ def test_any_cell(name, mode, masked):
 )
 def test_second_order(name, mode):
     check(name, mode, order=2, tolerance=10 * FLOAT64, mask=MASK)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_own_gradient_is_judged_within_a_graph(name):
+    """Where the first call of the process is one: what is known of a step stays known."""
+    derived._known.cache_clear()
+    check(name, "graph")
 
 
 @pytest.mark.parametrize("name", OWN)
