@@ -5,6 +5,7 @@ come from `make examples` and `make bench`, and from
 
     python examples/memory_span.py --output-dir docs/truncation
     python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
+    python examples/own_cell.py --output-dir docs/own_cells
     python docs/draw_gated.py
 """
 
@@ -47,6 +48,8 @@ def draw_other_examples(folder):
     path = "docs/gradient_flow/vanishing_and_exploding"
     plot = importlib.import_module("vanishing_and_exploding").plot
     plot(results(path)["seeds"], folder / f"{path}.png")
+    path = "docs/own_cells/own_cell"
+    importlib.import_module("own_cell").plot(results(path), folder / f"{path}.png")
     path = "docs/truncation/memory_span"
     found = results(path)
     plot = importlib.import_module("memory_span").plot
@@ -81,6 +84,25 @@ def table_of_kinds():
     return "\n".join(rows)
 
 
+def table_of_own_cells():
+    """What each cell of `own_cell.py` reaches in both layers, and how long that takes."""
+    found = results("docs/own_cells/own_cell")
+    rows = [
+        "| cell | right, `BPTT` | right, `keras.layers.RNN` | `RNN` takes |",
+        "|---" * 4 + "|",
+    ]
+    for cell, of in found["cells"].items():
+        ours, theirs = of["BPTT"], of["RNN"]
+        times = theirs["epoch_s"] / ours["epoch_s"]
+        rows.append(
+            f"| {cell} | {ours['accuracy']:.3f} | {theirs['accuracy']:.3f} | "
+            f"{times:.1f} x as long |"
+        )
+    best = found["observer"]["accuracy"]
+    rows.append(f"| adds up all evidence | {best:.3f} | {best:.3f} | |")
+    return "\n".join(rows)
+
+
 def main(folder=ROOT):
     """Writes into `folder` as if it were the repository."""
     for path in sorted({path.parent for path in ROOT.glob("**/*.png")}):
@@ -99,6 +121,7 @@ def main(folder=ROOT):
     any_cell = (ROOT / "docs/performance/any_cell.md").read_text().rstrip()
     for name, places in {
         "examples/README.md": {"kinds": table_of_kinds()},
+        "docs/own_cells.md": {"own_cell": table_of_own_cells()},
         "README.md": {
             "at_a_glance": draw_readme.sentences(),
             "any_cell": any_cell,

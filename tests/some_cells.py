@@ -274,6 +274,18 @@ def weight_norm(self, x, h):
     return ops.tanh(x @ self.W + h @ U + h @ ops.transpose(self.U) * 0.1)
 
 
+@cell()
+def spectral_norm(self, x, h):
+    v = ops.ones((H, 1), dtype=self.U.dtype)
+    for _ in range(3):
+        u = self.U @ v
+        u = u / ops.sqrt(ops.sum(u * u))
+        v = ops.transpose(self.U) @ u
+        v = v / ops.sqrt(ops.sum(v * v))
+    norm = ops.transpose(u) @ self.U @ v
+    return ops.tanh(x @ self.W + h @ (self.U / norm) + self.b)
+
+
 class Nested(keras.layers.Layer):
     """Layers inside, of which one is called twice and one is frozen."""
 
@@ -294,6 +306,31 @@ class Nested(keras.layers.Layer):
 
 
 CELLS["nested"] = Nested
+
+
+class Grid(keras.layers.Layer):
+    """A state of rank 3, convolved: a ConvLSTM's, with one gate."""
+
+    state_size = (3, 2, 2)
+
+    def get_initial_state(self, batch_size=None):
+        return [ops.zeros((batch_size, 3, 2, 2), dtype=self.compute_dtype)]
+
+    def build(self, shape):
+        self.W = self.add_weight(shape=(D, 12), name="W")
+        self.U = self.add_weight(shape=(3, 3, 2, 4), name="U")
+        self.b = self.add_weight(shape=(4,), name="b")
+
+    def call(self, x, states):
+        h = states[0]
+        grid = ops.reshape(x @ self.W, (-1, 3, 2, 2))
+        z = ops.conv(h, self.U, padding="same") + self.b
+        gate, new = ops.split(z, 2, -1)
+        h = ops.sigmoid(gate) * h + ops.tanh(new + grid)
+        return ops.reshape(h, (-1, 12)), [h]
+
+
+CELLS["grid"] = Grid
 
 
 class Reads(keras.layers.Layer):

@@ -20,6 +20,7 @@ recurrent neural networks on GPUs, 2016 (arXiv 1604.01946).
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -272,9 +273,17 @@ def multiply_adds(operation):
     if operation.type not in PRODUCTS or not operation.outputs:
         return 0
     output, left = operation.outputs[0], operation.inputs[0]
-    if operation.type == "MatMul" and has_rows(output):
-        return numbers_of(output) * numbers_of(left)
-    return numbers_of(output) if has_rows(output) else 0
+    if not has_rows(output):
+        return 0
+    numbers = numbers_of(output)
+    if operation.type == "MatMul":
+        return numbers * numbers_of(left)
+    if operation.type.startswith("BatchMatMul"):
+        return numbers * (left.shape[-2 if operation.get_attr("adj_x") else -1] or 1)
+    if operation.type in ("Conv2D", "Conv3D"):
+        kernel = operation.inputs[1].shape
+        return numbers * math.prod(kernel[:-1]) if kernel.is_fully_defined() else numbers
+    return numbers
 
 
 def derived(name, trace: Trace, probe: bool = True) -> Derived:

@@ -58,10 +58,12 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
             `keras.layers.StackedRNNCells`: a layer whose `call(inputs, states)` returns
             the output and the states after it, with `state_size`. States may have any
             number and shape, and the output need not be one of them. Its `call` may hold
-            what a `tf.function` may hold. It must treat each example alone, change no
-            variable and draw no random numbers; dropout factors as `keras.layers.LSTMCell`
-            has them, the same for all steps, are drawn as Keras draws them. In a step a
-            loop of its own is computed again for the way back, and not compiled. A
+            what a `tf.function` may hold. It must treat each example alone and change no
+            variable. What it draws by functions of `keras.random`, of the shape of a state
+            and from a `keras.random.SeedGenerator` of its own, is new in every step;
+            dropout factors as `keras.layers.LSTMCell` has them, the same for all steps, are
+            drawn as Keras draws them. In a step a loop of its own is computed again for
+            the way back, and not compiled. A
             `tf.custom_gradient` in it counts; where it is another gradient than that of
             what is computed, derivatives of second order raise NotImplementedError.
         **kwargs: Every other argument of `keras.layers.RNN`, with the same place, meaning
@@ -96,8 +98,9 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
     Raises:
         ValueError: at the first trace, for a cell that mixes the examples of a batch, whose
             numbers depend on how many there are, that changes a variable, draws random
-            numbers, holds a py_function, or returns states of another shape or dtype than
-            it takes; and as `BPTTRNN` does, for arguments out of their range.
+            numbers which are not each step's and example's own, holds a py_function, or
+            returns states of another shape or dtype than it takes; and as `BPTTRNN` does,
+            for arguments out of their range.
 
     Example:
 

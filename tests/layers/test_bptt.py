@@ -102,7 +102,8 @@ def check(name, mode="plain", *, order=1, tolerance=FLOAT64, options=None, **cal
 
 # By default all of them are drawn, in the plainest mode; and some stand here in each other.
 MODE = {
-    "graph": "LSTMCell, a stack, output_is_no_state, a_loop, a_function, embeds, nested",
+    "graph": "LSTMCell, a stack, output_is_no_state, a_loop, a_function, embeds, nested, "
+    "spectral_norm, grid",
     "xla": "GRUCell, layer_norm, heads, weight_norm, slices, a_conditional",
     "eager": "reads, a_number_of_a_row",
 }
@@ -178,6 +179,7 @@ def configurations(draw, modes, names=tuple(EVERY)):
         "state_that_stays",
         "state_that_nobody_reads",
         "matrix",
+        "grid",
         "a stack",
         "reads_no_input",
         "reads_no_state",
@@ -231,6 +233,28 @@ def test_drawn(drawn):
 @given(configurations(["plain", "plain", "graph", "xla"]))
 def test_many_drawn(drawn):
     check_drawn(drawn)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_weights_of_weights_are_made_once_a_call(mode):
+    """A matrix exponential, which is a loop, of weights alone. XLA has no gradient of it."""
+
+    def orthogonal(self, x, h):
+        U = tf.linalg.expm(self.U - ops.transpose(self.U))
+        return ops.tanh(x @ self.W + h @ U + self.b)
+
+    found = []
+    for layer_class in keras.layers.RNN, BPTT:
+        cell = Cell(orthogonal, weights=PLAIN, dtype="float64")
+        layer = layer_class(cell, return_sequences=True, dtype="float64")
+        layer.build((B, None, D))
+        fill(layer)
+        found.append(evaluate(layer, random_inputs(B, T, D), mode, training=True))
+    assert_same(found[1], found[0])
+    plan = layer.plan()
+    assert plan.outside > 100
+    assert plan.multiply_adds == H * H
+    assert not plan.not_compiled
 
 
 # --- Precision

@@ -368,6 +368,17 @@ def test_a_model_trains_and_is_stored(tmp_path):
     assert np.all(np.isfinite(one)) and not np.allclose(one, other)
 
 
+def test_a_model_trains_under_a_strategy():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    x = random_inputs(4, T, D).astype("float32")
+    with strategy.scope():
+        layer = BPTT(Noisy(), jit_compile=False)
+        model = keras.Sequential([keras.Input((T, D)), layer, keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    model.fit(x, x[:, 0, :1], batch_size=2, epochs=3, verbose=0)
+    assert layer.cell.seed_generator.state.numpy()[1] >= 6  # one for each update
+
+
 def test_plan_names_what_is_drawn():
     layer = layer_of(Noisy)
     plan = layer.plan()
