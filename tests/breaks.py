@@ -283,6 +283,13 @@ def inner_outputs(original):
     return explicit
 
 
+def draws_turned(draws):
+    """The random numbers of the steps in the other order."""
+    if draws is None:
+        return None
+    return draws._replace(numbers=mapped(lambda t: t[:, ::-1], draws.numbers))
+
+
 def last_of_each(slices, output):
     """The rows that were gathered, each once."""
     places = slices.indices[:, None]
@@ -413,6 +420,31 @@ BREAKS = {
     ),
     "the last window never begins at the initial state": Break(
         "last window", RECURRENCE + "chosen", instead(lambda mask, x, y: y + 0 * x)
+    ),
+    # Random numbers of every step.
+    "the way back finds other draws": Break(
+        "draws",
+        BACKWARD + "along_time",
+        takes(lambda cell, draws, blocks: (cell, draws_turned(draws), blocks)),
+    ),
+    "a block computed again draws anew": Break(
+        "draws, checkpoints",
+        BACKWARD + "computed_again",
+        takes(
+            lambda options, weights, noise, starts, inputs, numbers, blocks: (
+                *(options, weights, noise, starts, inputs),
+                lambda start, size: numbers(start + 1, size),
+                blocks,
+            )
+        ),
+    ),
+    "the last window draws as the first steps do": Break(
+        "draws, last window",
+        RECURRENCE + "of_steps",
+        instead(lambda draws, start, size: draws),
+    ),
+    "second derivatives of other draws": Break(
+        "draws, second order", COMPOSED + "drawn", gives(draws_turned)
     ),
     # Windows step by step.
     "sliding windows that go on": Break(

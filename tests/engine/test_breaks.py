@@ -13,6 +13,7 @@ import pytest
 import test_bptt
 import test_clipping
 import test_contract
+import test_draws
 import test_explicit
 import test_general_cells
 import test_half_precision
@@ -111,6 +112,10 @@ CHECKS = {
     "GRU": call(
         check_gated, "BPTTGRU", reset_after=False, recurrent_dropout=0.4, seed=3
     ),
+    "draws": call(test_draws.check, "plain"),
+    "draws, checkpoints": call(test_draws.check, "checkpoints"),
+    "draws, last window": call(test_draws.check, "last window"),
+    "draws, second order": call(test_draws.check, "plain", order=2),
     "half precision": call(check_half, 2**20),
     "half precision, blocks": call(check_half, 1),
 }

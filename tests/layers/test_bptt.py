@@ -237,7 +237,7 @@ def test_many_drawn(drawn):
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_weights_of_weights_are_made_once_a_call(mode):
-    """A matrix exponential, which is a loop, of weights alone. XLA has no gradient of it."""
+    """A matrix exponential, a loop of weights alone. XLA has no gradient of it."""
 
     def orthogonal(self, x, h):
         U = tf.linalg.expm(self.U - ops.transpose(self.U))
