@@ -1,6 +1,7 @@
 """Callbacks of `fit`: the gradient flow in its logs, and windows that follow it."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -187,9 +188,10 @@ class AdaptiveTruncation(MeasuringCallback):
     its own stride, or k where k is less. So the window grows beyond the present one in one
     step. Where no window shorter than the sequences of the batch will do, the layer gets
     full backpropagation, None, or `max_steps`. Where numbers are not finite
-    (`LayerFlow.finite`), the window stays. The number of steps is logged as
-    f"{layer}_window"; the number of timesteps where it is full. What the bias says and
-    does not say: `LayerFlow.truncation_bias`.
+    (`LayerFlow.finite`) the window stays; and where the gradient without a window explodes,
+    of which a longer one would take in more: that is said once, by a warning. The number
+    of steps is logged as f"{layer}_window"; the number of timesteps where it is full. What
+    the bias says and does not say: `LayerFlow.truncation_bias`.
 
     Cost: `gradient_flow` of at most `examples` examples, with `loss_steps` single losses
     followed back; the first time twice. An epoch that changes a window costs more:
@@ -266,7 +268,7 @@ class AdaptiveTruncation(MeasuringCallback):
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        self._layers = {}
+        self._layers, self._warned = {}, set()
 
     def _flow(self):
         """Without windows: layers below see the losses through those of layers above."""
@@ -287,7 +289,7 @@ class AdaptiveTruncation(MeasuringCallback):
         changed, logged = False, {}
         for name, layer in self._layers.items():
             flow, before = self.flow[name], layer.truncation
-            layer.truncation = self._policy(layer, flow)
+            layer.truncation = self._policy(name, layer, flow)
             changed |= layer.truncation != before
             logged[f"{name}_window"] = _steps(layer.truncation, flow.timesteps)
         if changed:
@@ -295,9 +297,13 @@ class AdaptiveTruncation(MeasuringCallback):
             self.model.make_train_function(force=True)
         return logged
 
-    def _policy(self, layer, flow):
+    def _policy(self, name, layer, flow):
         """The truncation that the layer is to have."""
         own, most = layer.truncation, self.max_steps
+        explodes = flow.verdict == "exploding"
+        if explodes or (flow.finite and flow.verdict == "exploding states"):
+            self._warn(name, flow, own)
+            return own
         if not flow.finite:
             return own
         given, stride = self._given.get(layer, (None, None))
@@ -314,6 +320,16 @@ class AdaptiveTruncation(MeasuringCallback):
             new = own
         self._given[layer] = new, stride
         return new
+
+    def _warn(self, name, flow, window):
+        """Say once of a layer that its window stays since the gradient explodes."""
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"AdaptiveTruncation leaves {name} its truncation={window}: without a "
+                f"window {flow.explanation}. What may help: {flow.advice[0]}.",
+                stacklevel=2,
+            )
 
 
 def _steps(policy, timesteps):

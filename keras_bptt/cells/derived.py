@@ -282,7 +282,9 @@ def multiply_adds(operation):
         return numbers * (left.shape[-2 if operation.get_attr("adj_x") else -1] or 1)
     if operation.type in ("Conv2D", "Conv3D"):
         kernel = operation.inputs[1].shape
-        return numbers * math.prod(kernel[:-1]) if kernel.is_fully_defined() else numbers
+        return (
+            numbers * math.prod(kernel[:-1]) if kernel.is_fully_defined() else numbers
+        )
     return numbers
 
 

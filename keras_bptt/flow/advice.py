@@ -13,7 +13,9 @@ def advice(flow):
     """Items, the most likely to help first; none where numbers are not finite."""
     free, found = free_kind(flow), []
     if kind(flow) == "truncated":
-        found += _of_window(flow)
+        found += (
+            _of_explosion_in_window(flow) if free == "exploding" else _of_window(flow)
+        )
     if free == "exploding states":
         found += _of_states(flow)
     elif free == "exploding":
@@ -21,6 +23,13 @@ def advice(flow):
     elif free == "vanishing":
         found += _of_vanishing(flow)
     return found
+
+
+def _of_explosion_in_window(flow):
+    return [
+        f"keep the window of {flow.truncation.steps} steps: the gradient from beyond it "
+        "explodes, and a longer window takes in more of it"
+    ]
 
 
 def _of_window(flow):
@@ -74,13 +83,19 @@ def _of_singular_values(flow):
 
 def _of_explosion(flow):
     found = _of_singular_values(flow)
-    ends = [row[np.isfinite(row) & (row > 0)][-1:] for row in flow.adjoint_norms]
-    ends = np.concatenate(ends)
-    if not flow.clipped and len(ends):
+    if not flow.clipped:
+        most = np.max(
+            np.nan_to_num(flow.untruncated_lag_shares, nan=np.inf, posinf=np.inf),
+            initial=0.0,
+        )
+        grows = (
+            f"grows to {most:.2g} times"
+            if np.isfinite(most)
+            else "grows without end from"
+        )
         found.append(
-            f"adjoint_clipnorm={np.median(ends):.2g}, what |dL/dh_t| is at the last step "
-            "of batches like this one (a mean loss divides by their size), clips where it "
-            "explodes; or clipnorm in the optimizer, which scales the whole gradient"
+            f"adjoint_max_growth=1: |dL/dh_t| {grows} what a loss has sent; then it is no "
+            "larger than what all losses have sent, whatever the size of the batch"
         )
     if flow.max_slope is not None and flow.max_slope > 1:
         found.append(

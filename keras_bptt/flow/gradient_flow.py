@@ -46,7 +46,7 @@ def gradient_flow(
 
     the share of saturated units; a verdict in words with what is likely to help, or what is
     not finite; and the window that loses no more of the gradient than a tolerance. What it
-    advises, `convert(model, adjoint_clipnorm=0.07)` puts into a copy of the model.
+    advises, `convert(model, adjoint_max_growth=1)` puts into a copy of the model.
 
     The numbers are by-products of the layer's own backward pass, which has every delta_t
     and a_t in its hands. The weights and the state of the model (stateful layers, batch

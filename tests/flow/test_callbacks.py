@@ -418,6 +418,24 @@ def test_changed_windows_rebuild_the_train_function_once(given):
         assert history[f"{layer.name}_window"] == [5, 5, 5]
 
 
+def test_a_window_stays_where_the_gradient_beyond_it_explodes():
+    """A longer one would take in more of the explosion. It is said, once a layer."""
+    layer = BPTTRNN(2, truncation=3, return_sequences=True, name="rnn")
+    model, y = model_of(layer), random_inputs(B, T, 2)
+    # States near 0, of whose size 1.9^(T - 1) is nothing: the gradient alone explodes.
+    kernel, _, bias = layer.get_weights()
+    layer.set_weights([1e-6 * kernel, 1.9 * np.eye(2), 0 * bias])
+    callback = AdaptiveTruncation((X, y))
+    with pytest.warns(
+        UserWarning, match="leaves rnn its truncation=.*exploding"
+    ) as said:
+        history = fit(model, callback, epochs=2, y=y)
+    assert len([w for w in said if "AdaptiveTruncation" in str(w.message)]) == 1
+    assert layer.truncation == Truncation(3)
+    assert history["rnn_window"] == [3, 3]
+    assert callback.flow["rnn"].verdict == "exploding"
+
+
 # Errors.
 
 

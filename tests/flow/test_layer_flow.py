@@ -176,11 +176,18 @@ def test_advice_names_the_cause():
     dead = flow_of(vanishing, inactive=np.full(T, 0.8), dead=0.5)
     assert any("50 % of the units are 0" in item for item in dead.advice)
     exploding = flow_of(decay(1.5))
-    median = np.median(exploding.adjoint_norms[:, -1])
-    assert f"adjoint_clipnorm={median:.2g}, what" in exploding.advice[1]
+    most = exploding.untruncated_lag_shares.max()
+    assert (
+        f"adjoint_max_growth=1: |dL/dh_t| grows to {most:.2g} times"
+        in (exploding.advice[1])
+    )
     assert "orthogonal" in exploding.advice[0] and "1.2" in exploding.advice[0]
     clipped = flow_of(decay(1.5), adjoint_clipnorm=1.0)
-    assert not any("adjoint_clipnorm" in item for item in clipped.advice)
+    assert not any("adjoint_max_growth" in item for item in clipped.advice)
+    short = flow_of(decay(1.5), truncation=Truncation(5))
+    assert short.verdict == "truncated"
+    assert "keep the window of 5 steps" in short.advice[0]
+    assert not any("truncation=None" in item for item in short.advice)
     assert not flow_of(decay(0.95)).advice  # healthy
 
 
