@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from keras_bptt.cells.dependence import ROWS, SEED, WEIGHT
+from keras_bptt.cells.dependence import ROWS, SEED, WEIGHT, X, between
 from keras_bptt.cells.refusals import (
     draws_alike,
     draws_by,
@@ -34,6 +34,9 @@ _OF_EACH = {
     "Mul",
 }
 _OF_EACH |= {"LessEqual", "LogicalNot", "Neg", "Sub"}
+# Which input a tensor is filled with; what tells how many rows there are.
+_FILLED = {"BroadcastTo": 0, "Fill": 1}
+_SIZES = {"Shape", "ShapeN", "Size"}
 
 
 class Drawing(NamedTuple):
@@ -78,20 +81,20 @@ class Drawing(NamedTuple):
             )
 
 
-def draws_in(name, operations, depends, ways):
+def draws_in(name, operations, depends, results):
     """The draws that the step reads, or returns.
 
     Args:
         operations: of the step, in order.
         depends: what its tensors depend on.
-        ways: the tensors that its results are made of, by name.
+        results: the states after the step, and its output.
 
     Raises:
         ValueError: for numbers that would not be a step's and an example's own.
     """
-    readers = collections.Counter(
-        t.name for way in ways.values() for t in way.op.inputs
-    )
+    ways = between(results)
+    readers = collections.Counter(t.name for t in results)
+    readers.update(t.name for way in ways.values() for t in way.op.inputs)
     drawn = {}
     for operation in operations:
         wanted = {t.name: t for t in operation.outputs if t.name in ways}
@@ -117,10 +120,28 @@ def draws_in(name, operations, depends, ways):
     return found
 
 
+def _tells_rows(tensor, depends):
+    """Whether its numbers depend on how many rows there are, and not its shape alone."""
+    if not depends[tensor.name] & ROWS or tensor.op.type in ("ZerosLike", "OnesLike"):
+        return False
+    read = list(tensor.op.inputs)
+    if tensor.op.type in _FILLED:
+        read = [read[_FILLED[tensor.op.type]]]
+    return (
+        not read
+        or tensor.op.type in _SIZES
+        or any(_tells_rows(t, depends) for t in read)
+    )
+
+
 def _refuse(name, operation, depends):
     bits = 0
-    for tensor in operation.inputs:
+    for tensor, argument in zip(
+        operation.inputs, operation.op_def.input_arg, strict=True
+    ):
         bits |= depends[tensor.name]
+        if argument.name != "shape" and _tells_rows(tensor, depends):
+            bits |= X
     where = f"{operation.name} ({operation.type})"
     if bits & ~ROWS == WEIGHT:
         raise ValueError(draws_elsewhere(name, where))

@@ -11,6 +11,7 @@ What cannot be right is refused here, before anything runs: a step that mixes th
 its inputs, changes a variable, or leaves the graph. What it draws is cut out (`drawing`).
 """
 
+import threading
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -34,6 +35,13 @@ from keras_bptt.runtime.simplify import simplified
 from keras_bptt.runtime.subgraphs import Traced, has_rows, in_order, own_gradients
 
 _NO_NUMBERS = (tf.variant, tf.resource, tf.string)
+# What is raised where a step is not to be written into the graph.
+_NOT_INLINED = (
+    TypeError,
+    NotImplementedError,
+    tf.errors.OperatorNotAllowedInGraphError,
+)
+_SWITCHED = threading.RLock()
 
 
 # Fields of a trace that are no tensors of its graph.
@@ -149,15 +157,16 @@ def _inlined(step, arguments):
     So its tensors can be told apart, and differentiated as often as is asked for. What only
     AutoGraph makes a graph of stays a function.
     """
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        return step(*arguments)
-    except (TypeError, NotImplementedError, tf.errors.OperatorNotAllowedInGraphError):
-        tf.config.run_functions_eagerly(before)
-        return step(*arguments)
-    finally:
-        tf.config.run_functions_eagerly(before)
+    with _SWITCHED:  # for the whole process: another thread would find it on
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            return step(*arguments)
+        except _NOT_INLINED:
+            tf.config.run_functions_eagerly(before)
+            return step(*arguments)
+        finally:
+            tf.config.run_functions_eagerly(before)
 
 
 def _derivative(name, graph, arguments, variables, watched, seed_of, output, after):
@@ -174,7 +183,7 @@ def _derivative(name, graph, arguments, variables, watched, seed_of, output, aft
     leaves |= {t.name: SEED for _, tensors in seeds.values() for t in tensors}
     operations = in_order(graph)
     depends = dependence(operations, leaves)
-    draws = draws_in(name, operations, depends, between(after))
+    draws = draws_in(name, operations, depends, after)
     leaves |= {t.name: X for t in draws}
     depends, ways = dependence(operations, leaves), between(after, leaves.keys())
     _refuse_mixing(name, depends, ways)

@@ -68,8 +68,7 @@ def _numbers(cell, draws, start, size):
         count = (size + GROUP - 2) // GROUP + 1
 
     def group(i):
-        folded = [tf.random.experimental.stateless_fold_in(s, first + i) for s in seeds]
-        numbers = cell.draw(folded, batch * GROUP)
+        numbers = cell.draw([_seed(s, first + i) for s in seeds], batch * GROUP)
         return [tf.reshape(t, [batch, GROUP, *t.shape[1:]]) for t in numbers]
 
     offset = start - first * GROUP
@@ -77,6 +76,17 @@ def _numbers(cell, draws, start, size):
         tf.gather(part(t, offset, size, axis=1), draws.example)
         for t in _side_by_side(group, count)
     )
+
+
+def _seed(seed, group):
+    """A seed for a group of steps: both numbers of it unlike those of any other group.
+
+    A step that draws again adds 1 to the second; so the number of the group, or of the
+    call, may not stand in it as it is.
+    """
+    folded = tf.random.experimental.stateless_fold_in(seed, group)
+    whole = {"minval": None, "maxval": None, "dtype": seed.dtype}
+    return tf.random.stateless_uniform([2], folded, **whole)
 
 
 def _side_by_side(group, count):

@@ -194,7 +194,10 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
         with keras.StatelessScope():
             x = tf.zeros([1, 1, *self._features], self._dtype_of_inputs)
             states = self.get_initial_state(batch_size=1)
-            cell, *_ = step_of(self.cell, x, states, training=False)
+            try:
+                cell, *_ = step_of(self.cell, x, states, training=True)
+            finally:
+                self._maybe_reset_dropout_masks(self.cell)
         return plan_of(self.cell.name, cell)
 
     def _step(self, sequences, states, training):

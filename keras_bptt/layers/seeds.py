@@ -17,13 +17,14 @@ def seed_of(variables):
     Args:
         variables: of the cell.
     """
-    own = {
-        id(each.handle): v
-        for v in variables
-        if is_seed(v)
-        # Under a strategy a variable is one for each replica.
-        for each in getattr(v.value, "values", None) or [v.value]
-    }
+    with keras.StatelessScope():  # the variables themselves, whatever is given for them
+        own = {
+            id(each.handle): v
+            for v in variables
+            if is_seed(v)
+            # Under a strategy a variable is one for each replica.
+            for each in getattr(v.value, "values", None) or [v.value]
+        }
 
     def found(handle):
         if id(handle) in own:

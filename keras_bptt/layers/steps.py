@@ -10,8 +10,11 @@ import tensorflow as tf
 from keras_bptt.cells.derived import derived
 from keras_bptt.cells.refusals import FixedSeed, updates
 from keras_bptt.cells.tracing import trace, value_outside
+from keras_bptt.layers.inside import layers_inside
 from keras_bptt.layers.seeds import is_seed, seed_of
 from keras_bptt.layers.weights import uncast
+
+_FACTORS = "get_dropout_mask", "get_recurrent_dropout_mask"
 
 
 class Call(NamedTuple):
@@ -90,17 +93,30 @@ def _called(call, variables, read, x, before, noise, values):
 
 def _dropout_factors(cell, x, states):
     """Those that Keras has drawn for this call, of each cell that has some."""
-    found = []
+    found, own = [], _cells(cell)
     of_step = x[:, 0], keras.tree.flatten(states)[0]
-    for each in _cells(cell):
-        names = "get_dropout_mask", "get_recurrent_dropout_mask"
-        if all(hasattr(each, name) for name in names):
-            drawn = {
-                name: getattr(each, name)(t)
-                for name, t in zip(names, of_step, strict=True)
-            }
-            found.append((each, drawn))
+    for path, each in layers_inside(cell):
+        if not all(hasattr(each, name) for name in _FACTORS):
+            continue
+        if not any(each is other for other in own):
+            _refuse_factors(cell, path, each)
+            continue
+        pairs = zip(_FACTORS, of_step, strict=True)
+        drawn = {name: getattr(each, name)(t) for name, t in pairs}
+        found.append((each, drawn))
     return found
+
+
+def _refuse_factors(cell, path, inner):
+    """Raise for a cell within a cell that drops out: who draws for it, and when?"""
+    if getattr(inner, "dropout", 0) or getattr(inner, "recurrent_dropout", 0):
+        raise ValueError(
+            f"A cell within {_name(cell)} must have no `dropout` and no "
+            "`recurrent_dropout`, whose factors Keras draws once a call, for the cell of "
+            f"a layer alone. Received: {path} with dropout={inner.dropout!r} and "
+            f"recurrent_dropout={inner.recurrent_dropout!r}. Derive the cell from "
+            f"{type(inner).__name__}, or call a keras.layers.Dropout in it."
+        )
 
 
 @contextlib.contextmanager

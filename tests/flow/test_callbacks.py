@@ -422,7 +422,7 @@ def test_a_window_stays_where_the_gradient_beyond_it_explodes():
     """A longer one would take in more of the explosion. It is said, once a layer."""
     layer = BPTTRNN(2, truncation=3, return_sequences=True, name="rnn")
     model, y = model_of(layer), random_inputs(B, T, 2)
-    # States near 0, of whose size 1.9^(T - 1) is nothing: the gradient alone explodes.
+    # States near 0, where tanh is linear: each step multiplies by 1.9.
     kernel, _, bias = layer.get_weights()
     layer.set_weights([1e-6 * kernel, 1.9 * np.eye(2), 0 * bias])
     callback = AdaptiveTruncation((X, y))
@@ -433,7 +433,7 @@ def test_a_window_stays_where_the_gradient_beyond_it_explodes():
     assert len([w for w in said if "AdaptiveTruncation" in str(w.message)]) == 1
     assert layer.truncation == Truncation(3)
     assert history["rnn_window"] == [3, 3]
-    assert callback.flow["rnn"].verdict == "exploding"
+    assert callback.flow["rnn"].verdict.startswith("exploding")
 
 
 # Errors.

@@ -261,6 +261,42 @@ def test_draws_are_normal_and_independent(usual_sizes):
         assert abs(correlation) < 5 / a.size**0.5, name
 
 
+class Twice(keras.layers.Layer):
+    """Shows both of two draws in a step."""
+
+    state_size = H
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seed_generator = keras.random.SeedGenerator(5)
+
+    def call(self, x, states):
+        both = [
+            keras.random.normal(
+                ops.shape(states[0]), dtype=self.compute_dtype, seed=self.seed_generator
+            )
+            for _ in range(2)
+        ]
+        return ops.concatenate(both, -1), [states[0] + both[0] - both[1]]
+
+
+def test_two_draws_of_a_step_are_independent_at_any_distance(usual_sizes):
+    """Of groups too: the second of a step is not the first of another one."""
+    shows = {"return_sequences": True, "return_state": True}
+    layer = BPTT(Twice(dtype="float64"), dtype="float64", **shows)
+    calls = [layer(np.zeros((60, 640, 1))) for _ in range(3)]
+    shown, state = (t.numpy() for t in calls[0])
+    assert len(np.unique(np.stack([y for y, _ in calls]))) == 3 * shown.size
+    first, second = np.split(shown, 2, -1)
+    for lag in (1, 64, 128):
+        for a, b in ((first, second), (second, first), (first, first)):
+            a, b = a[:, lag:], b[:, :-lag]
+            assert abs(np.mean(a * b)) < 5 / a.size**0.5, lag
+    # A random walk of 640 steps of variance 2.
+    deviation = (2 / state.size) ** 0.5
+    assert abs(np.mean(state**2) / 1280 - 1) < 5 * deviation
+
+
 def test_the_draws_do_not_ask_who_compiles():
     x = random_inputs(B, T, D)
     found = [draws_of(x, "normal", jit_compile=jit) for jit in (False, True)]
@@ -323,6 +359,57 @@ def test_a_dropout_layer_in_a_cell_drops_anew():
     assert abs(np.mean(dropped) - 0.4) < 5 * (0.24 / dropped.size) ** 0.5
     assert np.all(np.any(dropped[:, 1:] != dropped[:, :-1], axis=(0, 2)))
     np.testing.assert_array_equal(layer(x), x)
+
+
+@pytest.mark.parametrize("reads", ["where", "sum", "state"])
+def test_a_draw_that_is_shown_and_read(reads):
+    """By one other operation, which alone might stand for it."""
+
+    def drawn(self, x, h):
+        u = keras.random.uniform(ops.shape(h), dtype=h.dtype, seed=self.seed_generator)
+        after = {
+            "where": ops.where(u < 0.3, h, 1 + h),
+            "sum": h + 2 * u,
+            "state": 2 * u,
+        }
+        return u, after[reads]
+
+    cell = Cell(drawn, dtype="float64")
+    cell.seed_generator = keras.random.SeedGenerator(1)
+    layer = BPTT(cell, return_sequences=True, return_state=True, dtype="float64")
+    u, last = (t.numpy() for t in layer(np.zeros((B, T, D))))
+    expected = {"where": (u >= 0.3).sum(1), "sum": 2 * u.sum(1), "state": 2 * u[:, -1]}
+    np.testing.assert_allclose(last, expected[reads], rtol=1e-12)
+
+
+def test_a_stateless_call_moves_the_generator_that_it_is_given():
+    layer = layer_of(Noisy)
+    weights = [v.value for v in layer.trainable_variables]
+    model = keras.Sequential([keras.Input((T, D), dtype="float64"), layer])
+    x = random_inputs(B, T, D)
+    given = [tf.constant([5, 7], "int64")]
+    y, (state, *_) = model.stateless_call(weights, given, x)
+    assert state.numpy().tolist() == [5, 8]
+    assert layer.cell.seed_generator.state.numpy().tolist() == [5, 0]
+    layer.cell.seed_generator.state.assign([5, 7])
+    np.testing.assert_allclose(layer(x), y, rtol=1e-12)
+
+
+def test_a_cell_within_a_cell_that_drops_out_is_refused():
+    class Outer(keras.layers.Layer):
+        state_size = [H, H]
+
+        def build(self, shape):
+            self.inner = keras.layers.LSTMCell(H, dropout=0.4)
+            self.inner.build(shape)
+
+        def call(self, x, states, training=False):
+            return self.inner(x, states, training=training)
+
+    layer, x = BPTT(Outer()), random_inputs(B, T, D)
+    assert layer(x).shape == (B, H)
+    with pytest.raises(ValueError, match="no `dropout`.*inner with dropout=0.4"):
+        layer(x, training=True)
 
 
 def test_a_stack_of_cells_that_draw():
@@ -429,6 +516,12 @@ def by_the_state(s, x, h):
     return h + ops.cast(place, h.dtype)
 
 
+def by_the_batch(s, x, h):
+    most = ops.shape(h)[0]
+    drawn = keras.random.randint(ops.shape(h), 0, most, seed=s.seed_generator)
+    return h + ops.cast(drawn, h.dtype)
+
+
 def by_a_weight(s, x, h):
     return h + keras.random.gamma(
         ops.shape(h), ops.exp(s.b), dtype=h.dtype, seed=s.seed_generator
@@ -462,6 +555,7 @@ def seed_as_number(s, x, h):
         drawing(for_other_rows, "for each example"),
         drawing(by_the_state, "no state, input or weight"),
         drawing(by_a_weight, "no state, input or weight"),
+        drawing(by_the_batch, "no state, input or weight"),
         drawing(from_elsewhere, "belongs to its cell"),
         drawing(shuffled, "alone"),
         drawing(centred, "alone"),
