@@ -486,7 +486,6 @@ REFUSED = {
         "number changes",
     ),
     "rows from outside": (of(lambda s, x, h: ops.tanh(x @ s.W + h + ROWS)), "alone"),
-    "noise": (Noisy, "random numbers.*seed_generator"),
     "random": (
         of(
             lambda s, x, h: ops.tanh(
