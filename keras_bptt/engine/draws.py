@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_bptt.engine.blocks import continued, cut
 from keras_bptt.engine.options import Draws
 from keras_bptt.runtime.slices import part
-from keras_bptt.runtime.tensors import mapped, to_batch_major
+from keras_bptt.runtime.tensors import mapped, size_of, to_batch_major
 
 # Steps that are drawn at once, and the most groups that are parts of the graph.
 GROUP, MOST = 64, 16
@@ -25,7 +25,7 @@ def draws_of(seeds, batch):
         return None
     seeds = tf.stack(seeds)
     every = tf.broadcast_to(seeds, [batch, *seeds.shape])
-    return Draws(every, tf.range(batch), tf.fill([batch], batch))
+    return Draws(every, tf.range(batch), tf.zeros([batch, batch, 0]))
 
 
 def of_steps(draws, start, size):
@@ -57,8 +57,7 @@ def along_time(cell, draws, blocks):
 
 def _numbers(cell, draws, start, size):
     seeds = tf.unstack(tf.reduce_max(draws.seeds, 0))
-    # Of no examples the largest is no number of them.
-    batch = tf.maximum(tf.reduce_max(draws.number), 0)
+    batch = size_of(draws.whole, 1)
     if draws.start is not None:
         start += tf.maximum(tf.reduce_max(draws.start), 0)
     first = start // GROUP
@@ -99,6 +98,6 @@ def _side_by_side(group, count):
     found = []
     for t in tf.map_fn(group, tf.range(count), fn_output_signature=like):
         # (groups, batch, steps, ...)
-        shape = [tf.shape(t)[1], count * GROUP, *t.shape[3:]]
+        shape = [size_of(t, 1), count * GROUP, *t.shape[3:]]
         found.append(tf.reshape(to_batch_major(t), shape))
     return found

@@ -62,14 +62,15 @@ class Draws(NamedTuple):
 
     Attributes:
         seeds: of the call, for each example again (batch, seeds, 2).
-        example, number: which example of how many it is (batch,).
+        example: which one of the whole batch it is (batch,).
+        whole: (batch, size of the whole batch, 0), of whose shape XLA knows the numbers.
         start: how many steps there are before the first (batch,); None: none.
         numbers: what was drawn, (batch, timesteps, ...) each; None: nothing yet.
     """
 
     seeds: tf.Tensor
     example: tf.Tensor
-    number: tf.Tensor
+    whole: tf.Tensor
     start: tf.Tensor | None = None
     numbers: tuple | None = None
 

@@ -228,6 +228,25 @@ def test_sizes_that_only_run_time_tells(known, options):
         np.testing.assert_allclose(call(x).numpy(), expected, rtol=0, atol=1e-12)
 
 
+def test_a_compiled_call_within_a_graph_that_differentiates_it():
+    """XLA compiles the way back apart, and has to know the sizes that it draws."""
+    # So many blocks that there is a loop over them.
+    layer, x = layer_of(Noisy, checkpoint_every=2), random_inputs(B, 40, D)
+    compiled = tf.function(lambda x: layer(x, training=True), jit_compile=True)
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(compiled(x) ** 2)
+        return tape.gradient(loss, x)
+
+    found = []
+    for way in gradient, tf.function(gradient):
+        restart(layer)
+        found.append(way(tf.constant(x)))
+    np.testing.assert_allclose(*found, rtol=1e-9, atol=1e-12)
+
+
 # --- What is drawn
 
 
