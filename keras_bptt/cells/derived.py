@@ -55,6 +55,7 @@ class _Parts:
 
     def __init__(self, division, is_wide):
         trace, drive, saved, deltas, drive_back, _ = division
+        self.trace = trace  # an equal cell may have another, of other names
         noise_and_weights = (*trace.noise, *trace.read)
         of_all_steps = (*trace.noise, *trace.draws, *trace.read)
         names = [names_of(state) for state in trace.after]

@@ -89,7 +89,7 @@ def plan_of(name: str, cell: Derived) -> Plan:
         operation.type
         for operation in (*parts.step_back.operations, *parts.gradients.operations)
         if operation.type in PRODUCTS | FUNCTIONS
-        and not any(trace.of(t, ADJOINT) for t in operation.outputs)
+        and not any(parts.trace.of(t, ADJOINT) for t in operation.outputs)
     )
     return Plan(
         name,

@@ -87,7 +87,7 @@ def exploding(masked=False, activation="tanh", **options):
 
 def of_reference(one, activation="tanh", **limits):
     """Its gradients; without limits those of the recurrence unclipped."""
-    options, (mask, (_, r), factors), arguments, (dy, (d_last,)) = one
+    options, (mask, (_, r), factors, _), arguments, (dy, (d_last,)) = one
     order = slice(None, None, -1 if options.go_backwards else 1)
     real = np.ones((B, T), bool) if mask is None else mask[:, order]
     if not options.return_sequences:

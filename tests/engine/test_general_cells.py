@@ -338,7 +338,7 @@ def each_example(options, constants, arguments):
 
 def one_example(options, weights, constants, x, initial, zeros):
     """`unrolled` of one; its real steps are numbered s = 1 ... N as they are processed."""
-    mask, noise, factors = constants
+    mask, noise, factors, _ = constants
     cell, order = options.cell, list(range(x.shape[1]))
     order = order[::-1] if options.go_backwards else order
     real = [mask is None or bool(mask[0, t]) for t in order]
