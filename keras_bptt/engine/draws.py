@@ -23,7 +23,7 @@ def draws_of(seeds, batch):
     """The `Draws` of a call, of so many examples; None where it has no seeds."""
     if not seeds:
         return None
-    seeds = tf.stack(seeds)
+    seeds = tf.stack([tf.cast(seed, tf.int64) for seed in seeds])
     every = tf.broadcast_to(seeds, [batch, *seeds.shape])
     return Draws(every, tf.range(batch), tf.zeros([batch, batch, 0]))
 
