@@ -301,15 +301,16 @@ class AdaptiveTruncation(MeasuringCallback):
         """The truncation that the layer is to have."""
         own, most = layer.truncation, self.max_steps
         explodes = flow.verdict == "exploding"
-        if explodes or (flow.finite and flow.verdict == "exploding states"):
-            self._warn(name, flow, own)
-            return own
-        if not flow.finite:
+        explodes |= flow.finite and flow.verdict == "exploding states"
+        if not (flow.finite or explodes):
             return own
         given, stride = self._given.get(layer, (None, None))
         if own != given:
             stride = None if own is None or own.stride == own.steps else own.stride
         k = flow.suggest_truncation(self.tolerance, stride)
+        if explodes:
+            self._warn(name, flow, own)
+            k = None if own is None else own.steps
         if most is not None:
             k = most if k is None else min(k, most)
         new = None
@@ -326,8 +327,8 @@ class AdaptiveTruncation(MeasuringCallback):
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"AdaptiveTruncation leaves {name} its truncation={window}: without a "
-                f"window {flow.explanation}. What may help: {flow.advice[0]}.",
+                f"AdaptiveTruncation does not widen truncation={window} of {name}: without "
+                f"a window {flow.explanation}. What may help: {flow.advice[0]}.",
                 stacklevel=2,
             )
 

@@ -178,7 +178,7 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
         return keras.tree.pack_sequence_as(structure, states)
 
     def plan(self):
-        """What was found of the cell's step: which part computes what, and how often.
+        """What was found of the cell's step in training: what is computed where.
 
         Returns:
             A `Plan`; print it. Its attributes are the numbers.

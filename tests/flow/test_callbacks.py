@@ -418,21 +418,21 @@ def test_changed_windows_rebuild_the_train_function_once(given):
         assert history[f"{layer.name}_window"] == [5, 5, 5]
 
 
-def test_a_window_stays_where_the_gradient_beyond_it_explodes():
+@pytest.mark.parametrize("before, most, after", [(3, None, 3), (3, 9, 3), (None, 5, 5)])
+def test_a_window_stays_where_the_gradient_beyond_it_explodes(before, most, after):
     """A longer one would take in more of the explosion. It is said, once a layer."""
-    layer = BPTTRNN(2, truncation=3, return_sequences=True, name="rnn")
+    layer = BPTTRNN(2, truncation=before, return_sequences=True, name="rnn")
     model, y = model_of(layer), random_inputs(B, T, 2)
     # States near 0, where tanh is linear: each step multiplies by 1.9.
     kernel, _, bias = layer.get_weights()
     layer.set_weights([1e-6 * kernel, 1.9 * np.eye(2), 0 * bias])
-    callback = AdaptiveTruncation((X, y))
-    with pytest.warns(
-        UserWarning, match="leaves rnn its truncation=.*exploding"
-    ) as said:
+    callback = AdaptiveTruncation((X, y), max_steps=most)
+    words = "does not widen truncation=.* of rnn.*exploding"
+    with pytest.warns(UserWarning, match=words) as said:
         history = fit(model, callback, epochs=2, y=y)
     assert len([w for w in said if "AdaptiveTruncation" in str(w.message)]) == 1
-    assert layer.truncation == Truncation(3)
-    assert history["rnn_window"] == [3, 3]
+    assert layer.truncation == Truncation(after)
+    assert history["rnn_window"] == [after, after]
     assert callback.flow["rnn"].verdict.startswith("exploding")
 
 
