@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from keras_bptt.flow import tensorboard
 from keras_bptt.flow.gradient_flow import gradient_flow
-from keras_bptt.flow.layer_flow import check_tolerance, is_number, over_examples
+from keras_bptt.flow.layer_flow import check_tolerance, is_number
+from keras_bptt.flow.verdict import over_examples
 from keras_bptt.runtime.wording import described
 from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
 
@@ -352,15 +353,21 @@ def quantities(flow):
     shares = flow.untruncated_lag_shares
     numbers = {
         "adjoint_norm": _mean(flow.adjoint_norms),
-        "delta_norm": _mean(flow.delta_norms),
         "factor": flow.factor,
         "half_life": flow.half_life,
         "lag_share": float(shares[-1]) if len(shares) else math.nan,
         "sigma_max": flow.sigma_max,
         "spectral_radius": flow.spectral_radius,
     }
-    off = {"saturated": flow.saturated, "inactive": flow.inactive}
-    return numbers | {name: _mean(v) for name, v in off.items() if v is not None}
+    numbers = {name: value for name, value in numbers.items() if value is not None}
+    of_steps = {
+        "delta_norm": flow.delta_norms,
+        "saturated": flow.saturated,
+        "inactive": flow.inactive,
+    }
+    for name, gate in flow.gates.items():
+        of_steps[name.replace(" ", "_")] = gate.mean
+    return numbers | {name: _mean(v) for name, v in of_steps.items() if v is not None}
 
 
 def _mean(norms):

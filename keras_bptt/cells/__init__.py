@@ -3,6 +3,7 @@
 * `cell`: the contract, all that the engine knows of a cell.
 * `simple_rnn`: the plain RNN, written out.
 * `activations`: an activation and what a gradient needs of it.
+* `insides`: what goes on inside a step and is worth a look, such as gates.
 
 Any other cell is compiled from its step. Two steps stand here, `lstm` and `gru`; what both
 have in common is in `gates`.

@@ -31,6 +31,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_bptt.cells.gates import activated, of_gates
+from keras_bptt.cells.insides import Inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +51,42 @@ class GRU:
 
     def __call__(self, x, states, factors, weights):
         (h,) = states
+        z, _, g = self._gates(x, h, factors, weights)
+        h = z * h + (1 - z) * g
+        return h, [h]
+
+    def insides(self, x, states, factors, weights):
+        """The gates, by name."""
+        z, r, _ = self._gates(x, *states, factors, weights)
+        sigma = self.recurrent_activation
+        return {
+            "update gate": Inside(sigma, z, holds=True),
+            "reset gate": Inside(sigma, r),
+        }
+
+    def _gates(self, x, h, factors, weights):
+        """z, r, g."""
         W, U, *b = (tf.cast(w, x.dtype) for w in weights)
         of_x, of_h = factors[: self.dropped], factors[self.dropped :]
         step = self._reset_after if self.reset_after else self._reset_before
         b = tf.unstack(b[0]) if b and self.reset_after else b
         p = tf.split(sum(b[:1], of_gates(x, W, of_x, 3)), 3, axis=1)
-        z, g = step(p, h, U, b[1:], of_h)
-        h = z * h + (1 - z) * g
-        return h, [h]
+        return step(p, h, U, b[1:], of_h)
 
     def _reset_after(self, p, h, U, b, factors):
-        """z and g."""
         p_z, p_r, p_h = p
         q_z, q_r, q_h = tf.split(sum(b, of_gates(h, U, factors, 3)), 3, axis=1)
         z, r = self._gate(p_z + q_z), self._gate(p_r + q_r)
-        return z, activated(self.activation, p_h + r * q_h)
+        return z, r, activated(self.activation, p_h + r * q_h)
 
     def _reset_before(self, p, h, U, b, factors):
-        """z and g; b is none."""
+        """b is none."""
         p_z, p_r, p_h = p
         U, U_h = tf.split(U, [2 * h.shape[1], h.shape[1]], axis=1)
         q_z, q_r = tf.split(of_gates(h, U, factors[:2], 2), 2, axis=1)
         z, r = self._gate(p_z + q_z), self._gate(p_r + q_r)
         q_h = of_gates(r * h, U_h, factors[2:], 1)
-        return z, activated(self.activation, p_h + q_h)
+        return z, r, activated(self.activation, p_h + q_h)
 
     def _gate(self, z):
         return activated(self.recurrent_activation, z)

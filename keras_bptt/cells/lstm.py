@@ -26,6 +26,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_bptt.cells.gates import activated, of_gates
+from keras_bptt.cells.insides import Inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,28 @@ class LSTM:
     dropped: int = 0
 
     def __call__(self, x, states, factors, weights):
-        h, c = states
+        _, c = states
+        i, f, g, o = self._gates(x, states, factors, weights)
+        c = f * c + i * g
+        h = o * activated(self.activation, c)
+        return h, [h, c]
+
+    def insides(self, x, states, factors, weights):
+        """The gates, by name."""
+        i, f, _, o = self._gates(x, states, factors, weights)
+        sigma = self.recurrent_activation
+        return {
+            "input gate": Inside(sigma, i),
+            "forget gate": Inside(sigma, f, holds=True),
+            "output gate": Inside(sigma, o),
+        }
+
+    def _gates(self, x, states, factors, weights):
+        """i, f, g, o."""
+        h, _ = states
         W, U, *b = (tf.cast(w, x.dtype) for w in weights)
         drive = of_gates(x, W, factors[: self.dropped], 4)
         z = sum(b, drive) + of_gates(h, U, factors[self.dropped :], 4)
         z_i, z_f, z_g, z_o = tf.split(z, 4, axis=1)
         i, f, o = (activated(self.recurrent_activation, z) for z in (z_i, z_f, z_o))
-        c = f * c + i * activated(self.activation, z_g)
-        h = o * activated(self.activation, c)
-        return h, [h, c]
+        return i, f, activated(self.activation, z_g), o

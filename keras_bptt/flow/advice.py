@@ -60,7 +60,7 @@ def _policy(flow, k):
 
 def _of_states(flow):
     found = _of_singular_values(flow)
-    if flow.activation != "tanh":
+    if flow.singular_values is not None and flow.activation != "tanh":
         found.append(
             f"activation='tanh', whose states stay within 1, in the place of "
             f"{flow.activation}"
@@ -73,7 +73,7 @@ def _of_states(flow):
 
 
 def _of_singular_values(flow):
-    if not flow.sigma_max > 1.1:
+    if flow.sigma_max is None or not flow.sigma_max > 1.1:
         return []
     return [
         "recurrent_initializer='orthogonal', all of whose singular values are 1: here "
@@ -94,8 +94,8 @@ def _of_explosion(flow):
             else "grows without end from"
         )
         found.append(
-            f"adjoint_max_growth=1: |dL/dh_t| {grows} what a loss has sent; then it is no "
-            "larger than what all losses have sent, whatever the size of the batch"
+            f"adjoint_max_growth=1: |{flow.adjoint}| {grows} what a loss has sent; then it "
+            "is no larger than what all losses have sent, whatever the size of the batch"
         )
     if flow.max_slope is not None and flow.max_slope > 1:
         found.append(
@@ -105,6 +105,8 @@ def _of_explosion(flow):
 
 
 def _of_vanishing(flow):
+    if flow.singular_values is None:
+        return []
     found, bound = [], flow.bound
     if flow.max_slope is not None and flow.max_slope < 1:
         found.append(

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from keras_bptt.runtime.wording import leaves
 
-_WEIGHTS = "kernel recurrent_kernel bias".split()
 _OUTPUT_WEIGHTS = "output_layer.kernel output_layer.bias".split()
 
 
@@ -77,14 +76,18 @@ def faults(name, calls, measured, loss, roots):
 
 def _of_call(call):
     """What a layer is given: inputs, and weights in their dtype; and its initial state."""
-    x, weights, (h_0,), output_layer, _ = call.arguments
+    x, _, initial, output_layer, _ = call.arguments
     name, mask = call.layer.name, call.constants.mask
     given = not_finite(f"inputs of {name}", x, None if mask is None else mask.numpy())
-    names = [*_WEIGHTS[: len(weights)], *_OUTPUT_WEIGHTS[: len(output_layer)]]
-    for weight, value in zip(names, [*weights, *output_layer], strict=True):
-        value = tf.cast(value, x.dtype)
-        given += not_finite(f"{name}.{weight} in {x.dtype.name}", value)
-    return given, not_finite(f"initial state of {name}", h_0)
+    dtype = initial[0].dtype
+    weights = [(w.name, tf.convert_to_tensor(w)) for w in call.layer.cell.weights]
+    weights += zip(_OUTPUT_WEIGHTS, output_layer, strict=False)
+    for weight, value in weights:
+        if value.dtype.is_floating:
+            value = tf.cast(value, dtype)
+        given += not_finite(f"{name}.{weight} in {dtype.name}", value)
+    of_states = [not_finite(f"initial state of {name}", s_0) for s_0 in initial]
+    return given, sum(of_states, [])
 
 
 def _read(value, masks):

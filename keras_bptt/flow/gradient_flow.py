@@ -7,14 +7,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.cells.activations import resolve
 from keras_bptt.flow.finiteness import faults, of_model
 from keras_bptt.flow.inputs import check_batch, check_model, loss_of, nothing_found
-from keras_bptt.flow.layer_flow import LayerFlow, over_examples
+from keras_bptt.flow.layer_flow import Gate, LayerFlow
 from keras_bptt.flow.measurement import Measured, measured
 from keras_bptt.flow.model_flow import GradientFlow
 from keras_bptt.flow.recording import run
-from keras_bptt.layers.bptt_rnn import BPTTRNN
+from keras_bptt.flow.spectrum import spectrum
+from keras_bptt.flow.verdict import over_examples
+from keras_bptt.layers.bptt import BPTT
 from keras_bptt.truncation import positive_integer
 
 
@@ -23,43 +24,47 @@ def gradient_flow(
     x,
     y=None,
     *,
-    layer: str | BPTTRNN | None = None,
+    layer: str | keras.Layer | None = None,
     loss=None,
     sample_weight=None,
     training: bool = False,
     loss_steps: int = 8,
 ) -> GradientFlow:
-    """Measure how the gradient of a loss flows back through the BPTTRNN layers of a model.
+    """Measure how the gradient of a loss flows back through a model's recurrent layers.
 
     Use it when training stalls or blows up, to see whether the gradient vanishes or
-    explodes, and where; and to choose the window of a `truncation`. For one batch it gives,
-    for each layer and step t, the norms of
+    explodes, and where; and to choose the window of a `truncation`. It measures every
+    `BPTTRNN`, `BPTTLSTM`, `BPTTGRU` and `BPTT` that the model calls. A model of Keras' own
+    layers is measured by way of a copy: `gradient_flow(convert(model), x, y)`. For one
+    batch it gives, for each layer and step t, with s_t its states (h_t; of an LSTM h_t and
+    c_t), the norm of
 
-        a_t     = dL/dh_t      the adjoint, in full
-        delta_t = dL/dz_t = a_t * f'(z_t)
+        a_t = dL/ds_t          the adjoint, in full
 
-    for each example, as the layer computes them in training, truncated and clipped as it
-    says; how much of a single loss reaches k steps back; the norms of the states; the
-    singular values of the recurrent kernel U and what they allow,
+    for each example, as the layer computes it in training, truncated and clipped as it
+    says; how much of a single loss reaches k steps back; the norms of the states; a verdict
+    in words with what is likely to help, or what is not finite; and the window that loses
+    no more of the gradient than a tolerance. What it advises, `convert(model,
+    adjoint_max_growth=1)` puts into a copy of the model. Besides,
 
-        |a_{t-1}| <= sigma_max(U) max f' |a_t|      of one loss (Pascanu et al. 2013)
+    * of a plain RNN delta_t = dL/dz_t = a_t * f'(z_t), the share of saturated units, the
+      singular values of the recurrent kernel U, and what they allow of one loss,
+      |a_{t-1}| <= sigma_max(U) max f' |a_t| (Pascanu et al. 2013);
+    * of an LSTM and a GRU each gate, and for how many steps it holds a state;
+    * of any cell the most that one step multiplied the gradient by.
 
-    the share of saturated units; a verdict in words with what is likely to help, or what is
-    not finite; and the window that loses no more of the gradient than a tolerance. What it
-    advises, `convert(model, adjoint_max_growth=1)` puts into a copy of the model.
+    The numbers are by-products of the layer's own backward pass, which has every adjoint in
+    its hands. The weights and the state of the model (stateful layers, batch normalisation,
+    seeds) stay as they are.
 
-    The numbers are by-products of the layer's own backward pass, which has every delta_t
-    and a_t in its hands. The weights and the state of the model (stateful layers, batch
-    normalisation, seeds) stay as they are.
-
-    Cost: of each layer the products of a forward and a backward pass for the batch, and of
-    a backward pass for each of `loss_steps` single losses, twice where the layer has a
-    truncation or clips. The model is run eagerly, once; the rest are graphs, traced for a
-    second or two the first time. Memory: of one layer some (batch, timesteps, units) at a
-    time. A few dozen examples are enough.
+    Cost: of each layer the products of two forward passes and a backward pass for the
+    batch, and of a backward pass for each of `loss_steps` single losses, twice where the
+    layer has a truncation or clips. The model is run eagerly, once; the rest are graphs,
+    traced for a second or two the first time. Memory: of one layer some (batch, timesteps,
+    units) at a time. A few dozen examples are enough.
 
     Args:
-        model: a built Keras model that calls one or more `BPTTRNN`, anywhere in it:
+        model: a built Keras model that calls one or more of these layers, anywhere in it:
             stacked, in `Bidirectional`, in models of models. Calls of one layer (a shared
             one) count as further examples.
         x, y: one batch, as `fit` takes it.
@@ -75,10 +80,10 @@ def gradient_flow(
         A `GradientFlow`: a mapping from the names of the layers to `LayerFlow`s.
 
     Raises:
-        ValueError: for a model that is not built, or calls no BPTTRNN, or calls it inside a
-            `tf.function`; for a layer that is not there; where no loss is given; for a
-            batch without targets, without examples, or of arrays that do not belong
-            together.
+        ValueError: for a model that is not built, or calls no layer that is measured, or
+            calls it inside a `tf.function`; for a layer that is not there; where no loss is
+            given; for a batch without targets, without examples, or of arrays that do not
+            belong together.
 
     Example:
 
@@ -93,6 +98,16 @@ def gradient_flow(
     ([1.0, 0.5, 0.25, 0.125], 1.0)
     >>> flow["rnn"].verdict, flow.suggest_truncation(tolerance=0.05)
     ('vanishing', 5)
+
+    A model of Keras' own layers:
+
+    >>> from keras_bptt import convert
+    >>> lstm = keras.layers.LSTM(3, name="lstm")
+    >>> model = keras.Sequential([keras.Input((20, 2)), lstm])
+    >>> model.compile(loss="mse")
+    >>> flow = gradient_flow(convert(model), np.ones((4, 20, 2)), np.ones((4, 3)))
+    >>> flow["lstm"].layer, list(flow["lstm"].gates)
+    ('BPTTLSTM', ['input gate', 'forget gate', 'output gate'])
 
     References:
         - Pascanu, Mikolov & Bengio, On the difficulty of training recurrent neural
@@ -115,9 +130,9 @@ def gradient_flow(
     def wanted(found):
         return layer is None or found is layer or found.name == layer
 
-    done = run(model, x, function, wanted, BPTTRNN, training)
+    done = run(model, x, function, wanted, training)
     if not done.calls:
-        raise ValueError(nothing_found(model, layer, done.seen, BPTTRNN))
+        raise ValueError(nothing_found(model, layer, done.seen))
     numbers = _numbers(done, scale, loss_steps)
     roots = functools.cache(
         lambda: of_model(model, done.calls, x=x, y=y, sample_weight=sample_weight)
@@ -128,9 +143,10 @@ def gradient_flow(
         while name in flows:
             name, number = f"{found.name}_{number}", number + 1
         own = [i for i, call in enumerate(done.calls) if call.layer is found]
+        calls = [done.calls[i] for i in own]
         joined = Measured.joined([numbers[i] for i in own])
-        causes = faults(name, [done.calls[i] for i in own], joined, done.loss, roots)
-        flows[name] = _layer_flow(name, found, joined, causes)
+        causes = faults(name, calls, joined, done.loss, roots)
+        flows[name] = _layer_flow(name, calls, joined, causes)
         layers[name] = found
     return GradientFlow(flows, layers)
 
@@ -150,54 +166,74 @@ def _numbers(done, scale, loss_steps):
         scale = max(scale / 16, 1.0)
 
 
-def _layer_flow(name, layer, numbers, causes):
-    """The flow of a layer, from what was measured and from its weights."""
-    off = {}
-    if numbers.off is not None:
-        share = over_examples(np.nanmean, numbers.off)
-        off = {"saturated": share}
-        if layer.activation is keras.activations.relu:
-            off = {"inactive": share, "dead": float(numbers.always_off.mean())}
-    activation = resolve(layer.activation, layer.units, layer.compute_dtype)
-    U = keras.ops.convert_to_numpy(layer.cell.recurrent_kernel).astype(np.float64)
-    finite = np.all(np.isfinite(U))
-    singular_values = np.full(len(U), np.nan)
-    if finite:
-        singular_values = np.linalg.svd(U, compute_uv=False)
+def _layer_flow(name, calls, numbers, causes):
+    """The flow of a layer, from what was measured in all of its calls."""
+    layer, cell = calls[0].layer, calls[0].options.cell
+    inside = dict(numbers.inside)
+    of_plain_rnn = _of_units(layer, inside.pop("units", None))
+    found = spectrum(calls[0])
+    if found is not None:
+        of_plain_rnn |= found._asdict()
+    names = _states(calls[0].step, len(numbers.state_adjoint_norms))
+    activation = getattr(layer, "activation", None)
     return LayerFlow(
         name=name,
-        activation=getattr(layer.activation, "__name__", str(layer.activation)),
+        layer=_class_of(layer),
+        units=cell.shapes(calls[0].arguments.weights).states[cell.output][-1],
+        activation=activation and getattr(activation, "__name__", str(activation)),
         truncation=layer.truncation,
         adjoint_clipnorm=layer.adjoint_clipnorm,
+        adjoint_max_growth=layer.adjoint_max_growth,
         adjoint_norms=numbers.adjoint_norms,
+        state_adjoint_norms=dict(zip(names, numbers.state_adjoint_norms, strict=True)),
         delta_norms=numbers.delta_norms,
         lag_shares=numbers.lags.share,
+        state_lag_shares=dict(zip(names, numbers.lags.share_of_states, strict=True)),
         untruncated_lag_shares=numbers.free_lags.share,
         last_step_only=numbers.free_lags.last_step_only,
-        singular_values=singular_values,
-        spectral_radius=float(np.abs(np.linalg.eigvals(U)).max()) if finite else np.nan,
-        max_slope=_largest_slope(activation, layer.units, layer.compute_dtype),
-        **off,
+        gates={gate: _gate(each) for gate, each in inside.items()},
         state_norms=numbers.state_norms,
         state_growth=numbers.state_growth,
         not_finite=causes,
-        adjoint_max_growth=layer.adjoint_max_growth,
+        **of_plain_rnn,
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _largest_slope(activation, units, dtype):
-    """The largest f' for |z| <= 50; inf if it grows on, None if f mixes units."""
-    if activation.mixes:
-        return None
+def _class_of(layer):
+    name = type(layer).__name__
+    if type(layer) is not BPTT:
+        return name
+    cells = [layer.cell]
+    if isinstance(layer.cell, keras.layers.StackedRNNCells):
+        cells = layer.cell.cells
+    return f"{name}({', '.join(type(cell).__name__ for cell in cells)})"
 
-    def largest(most):
-        z = np.linspace(-most, most, 20001)  # 0 is one of them
-        z = tf.constant(np.pad(z, (0, -len(z) % units)).reshape(-1, units), dtype)
-        return float(tf.reduce_max(activation.vjp(z, tf.ones_like(z))))
 
-    here, farther = largest(50.0), largest(60.0)
-    return here if farther <= 1.01 * here else math.inf
+def _states(step, number):
+    """The names of the states that a step reads."""
+    if step.states:
+        return step.states
+    return ["s"] if number == 1 else [f"s{i}" for i in range(1, number + 1)]
+
+
+def _of_units(layer, units):
+    """Of the units of a plain RNN which are saturated or inactive."""
+    if units is None or units.off is None:
+        return {}
+    share = over_examples(np.nanmean, units.off)
+    if layer.activation is not keras.activations.relu:
+        return {"saturated": share}
+    return {"inactive": share, "dead": float(units.always_off.mean())}
+
+
+def _gate(seen):
+    sums, steps = seen.of_unit
+    return Gate(
+        mean=over_examples(np.nanmean, seen.mean),
+        of_unit=sums / max(steps, 1),
+        saturated=None if seen.off is None else over_examples(np.nanmean, seen.off),
+        holds=seen.holds,
+    )
 
 
 def _tensor(value):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_bptt.layers.explicit_loop import ExplicitLoop
 from keras_bptt.layers.inside import layers_inside
 from keras_bptt.runtime.wording import described, leaves, meant
 
@@ -95,11 +96,8 @@ def _shapes(batch):
     return ", ".join(f"{name} of shape {tuple(t.shape)}" for name, t in found)
 
 
-def nothing_found(model, layer, seen, measurable):
-    """What to say where the model has called none of the layers that are wanted.
-
-    `measurable` is the class of those that can be.
-    """
+def nothing_found(model, layer, seen):
+    """What to say where the model has called none of the layers that are wanted."""
     if seen:
         return _other_layer(layer, list(dict.fromkeys(seen)))
     inside = [each for _, each in layers_inside(model)]
@@ -109,25 +107,25 @@ def nothing_found(model, layer, seen, measurable):
     if named:
         shown = ", ".join(f"{type(each).__name__} {each.name!r}" for each in named)
     words = (
-        "The model must call a BPTTRNN, whose backward pass is what is measured. "
-        f"Received: {model.name}, with the layers {shown}. "
+        "The model must call a BPTTRNN, BPTTLSTM, BPTTGRU or BPTT, whose backward pass is "
+        f"what is measured. Received: {model.name}, with the layers {shown}. "
     )
-    if any(isinstance(each, measurable) for each in named):
+    if any(isinstance(each, ExplicitLoop) for each in named):
         return words + "Call it in what the model does with `x`."
-    if any(type(each) is keras.layers.SimpleRNN for each in named):
+    hosts = keras.layers.SimpleRNN, keras.layers.LSTM, keras.layers.GRU
+    if any(type(each) in hosts for each in named):
         return words + (
-            "Measure the same model of BPTTRNN: keras_bptt.convert(model) puts it in the "
-            "place of SimpleRNN, with its weights."
+            "Measure a copy, gradient_flow(keras_bptt.convert(model), ...): in it BPTTRNN, "
+            "BPTTLSTM and BPTTGRU stand in the place of SimpleRNN, LSTM and GRU, with "
+            "their weights."
         )
-    if named:
-        return words + (
-            "The backward pass of another recurrent layer, such as LSTM or GRU, cannot be "
-            "measured, and their weights fit no BPTTRNN. Put keras_bptt.BPTTRNN in their "
-            "place to see how far a gradient reaches without gates."
+    if any(type(each) is keras.layers.RNN for each in named):
+        return (
+            words + "Put keras_bptt.BPTT(cell) in the place of keras.layers.RNN(cell)."
         )
     return words + (
-        "Put keras_bptt.BPTTRNN in the place of keras.layers.SimpleRNN: it takes the same "
-        "arguments and weights."
+        "Put keras_bptt.BPTTRNN, BPTTLSTM or BPTTGRU in the place of keras.layers."
+        "SimpleRNN, LSTM or GRU: they take the same arguments and weights."
     )
 
 
@@ -136,7 +134,7 @@ def _other_layer(layer, names):
     if isinstance(layer, keras.Layer):
         what = f"{type(layer).__name__} {layer.name!r}, which the model does not call"
     return (
-        f"`layer` must be one of the BPTTRNN layers that the model calls: "
+        f"`layer` must be one of the layers of this package that the model calls: "
         f"{', '.join(names)}. Received: layer={what}."
         f"{meant(layer, names) if isinstance(layer, str) else ''} Pass one of these names, "
         "or None for all."

@@ -17,6 +17,7 @@ class Call(NamedTuple):
     """One call of a layer: what it was given, and what its loss sends back to it."""
 
     layer: keras.Layer
+    step: object
     options: object
     constants: object
     arguments: tuple
@@ -26,13 +27,11 @@ class Call(NamedTuple):
 class Recorder:
     """Keeps the recurrences of the layers that are wanted, and watches their outputs."""
 
-    def __init__(self, tape, wanted, measurable):
-        self.tape, self.wanted, self.measurable = tape, wanted, measurable
+    def __init__(self, tape, wanted):
+        self.tape, self.wanted = tape, wanted
         self.calls, self.seen = [], []
 
-    def __call__(self, layer, options, constants, arguments):
-        if not isinstance(layer, self.measurable):
-            return recurrence(options, constants, arguments)
+    def __call__(self, layer, step, options, constants, arguments):
         self.seen.append(layer.name)
         if not self.wanted(layer):
             return recurrence(options, constants, arguments)
@@ -49,7 +48,7 @@ class Recorder:
         outputs = tf.nest.map_structure(tf.identity, outputs)
         self.tape.watch(tf.nest.flatten(outputs))
         arguments = mapped(tf.stop_gradient, arguments)
-        self.calls.append(Call(layer, options, constants, arguments, outputs))
+        self.calls.append(Call(layer, step, options, constants, arguments, outputs))
         return outputs
 
 
@@ -72,8 +71,8 @@ class Run(NamedTuple):
         )
 
 
-def run(model, x, loss, wanted, measurable, training):
-    """Run the model and `loss(y_pred)`; observe layers of the class that is measurable.
+def run(model, x, loss, wanted, training):
+    """Run the model and `loss(y_pred)`; observe the layers that are wanted.
 
     The state of the model stays as it is: what stateful layers, batch normalisation, seeds
     and metrics would assign goes to the scope, and with it.
@@ -82,7 +81,7 @@ def run(model, x, loss, wanted, measurable, training):
     # Of the outputs of these layers alone: what lies before them needs no gradient.
     tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
     with tape, scope:
-        recorder = Recorder(tape, wanted, measurable)
+        recorder = Recorder(tape, wanted)
         with observed(recorder):
             value = tf.convert_to_tensor(loss(model(x, training=training)))
     return Run(recorder.calls, recorder.seen, float(tf.reduce_sum(value)), tape, value)

@@ -7,7 +7,7 @@ does not. What it writes goes to the default writer.
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.flow.layer_flow import over_examples
+from keras_bptt.flow.verdict import over_examples
 
 # The colours of viridis (CC0) at equal distances: as far apart as they look, also in grey.
 _COLOURS = np.array(

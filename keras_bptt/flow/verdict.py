@@ -8,6 +8,7 @@ hundredfold, of the states over all that has come in, is a forward pass that exp
 
 import math
 import textwrap
+import warnings
 
 import numpy as np
 
@@ -37,8 +38,8 @@ def explanation(flow):
         return f"exploding states: {_states(flow)}"
     if free == "none":
         return (
-            "no gradient: dL/dh_t is 0 at every step. The loss does not depend on this "
-            "layer, or what lies between lets nothing through"
+            f"no gradient: {flow.adjoint} is 0 at every step. The loss does not depend on "
+            "this layer, or what lies between lets nothing through"
         )
     words = f"{free}: {_course(flow)}"
     if free == "exploding" and flow.clipped:
@@ -60,12 +61,8 @@ def explanation(flow):
 def summary(flow):
     """A block of lines for a terminal, none longer than 78 characters."""
     examples, steps = flow.adjoint_norms.shape
-    what = [
-        f"{flow.units} units",
-        flow.activation,
-        f"{steps} steps",
-        f"{examples} examples",
-    ]
+    what = [flow.layer, f"{flow.units} units", flow.activation]
+    what = [*filter(None, what), f"{steps} steps", f"{examples} examples"]
     if flow.truncation is not None:
         what.append(str(flow.truncation))
     if flow.adjoint_clipnorm is not None:
@@ -85,12 +82,19 @@ def summary(flow):
 
 
 def _lines(flow):
-    lines = [
-        f"|dL/dh_t|   {_line(flow.mean_adjoint, 't = ', 1)}",
-        f"by lag      {_line(flow.lag_shares, 'lag ', 0)}",
-    ]
-    lines += textwrap.wrap(_numbers(flow), _WIDTH - 2)
-    return lines + (textwrap.wrap(_windows(flow), _WIDTH - 2) if flow.finite else [])
+    curves = {f"|{flow.adjoint}|": flow.mean_adjoint}
+    several = flow.state_adjoint_norms if len(flow.state_adjoint_norms) > 1 else {}
+    for name, norms in several.items():
+        curves[f"|dL/d{name}_t|"] = over_examples(np.nanmean, norms)
+    lines = [f"{name:<12}{_line(y, 't = ', 1)}" for name, y in curves.items()]
+    lines.append(f"{'by lag':<12}{_line(flow.lag_shares, 'lag ', 0)}")
+    words = [_numbers(flow)]
+    if several:
+        names = " and ".join(f"{name}_t" for name in several)
+        words.insert(0, f"s_t stands for {names} together")
+    words += [_gate(name, gate) for name, gate in flow.gates.items()]
+    words += [_windows(flow)] if flow.finite else []
+    return lines + [row for item in words for row in textwrap.wrap(item, _WIDTH - 2)]
 
 
 def free_kind(flow):
@@ -115,7 +119,10 @@ def _window(flow):
 
 def _states(flow):
     most = np.nanmax(flow.state_norms) if flow.state_norms is not None else math.inf
-    reached = f"|h_t| reaches {most:.2g}" if math.isfinite(most) else "|h_t| overflows"
+    state = flow.adjoint.removeprefix("dL/d")
+    reached = f"|{state}| " + (
+        f"reaches {most:.2g}" if math.isfinite(most) else "overflows"
+    )
     times = ""
     if math.isfinite(flow.state_growth):
         times = f", {flow.state_growth:.2g} times all that has come in"
@@ -137,11 +144,13 @@ def _listed(items, most=6):
 def _course(flow):
     shares = flow.untruncated_lag_shares
     longest = len(shares) - 1
+    if longest == 0 and flow.timesteps > 1:
+        return "no gradient passes from a step to the one before"
     if longest == 0:
         return "one step, which no gradient passes through"
     if not np.all(np.isfinite(shares)):
         lag = int(np.flatnonzero(~np.isfinite(shares))[0])
-        return f"dL/dh_t is not finite {lag} of {longest} steps back"
+        return f"{flow.adjoint} is not finite {lag} of {longest} steps back"
     if np.max(shares) >= EXPLODED * shares[0]:
         lag = int(np.flatnonzero(shares >= EXPLODED * shares[0])[0])
         return (
@@ -153,25 +162,30 @@ def _course(flow):
         return f"{_pace(flow)}; {left} after {lag} of {longest} steps"
     left = shares[-1] / shares[0]
     if left > 1:
-        return (
-            f"dL/dh_t is {left:.3g} times as large after {longest} steps; {_pace(flow)}"
-        )
-    return f"{percent(left)} of dL/dh_t is left after {longest} steps; {_pace(flow)}"
+        times = f"{left:.3g} times as large after {longest} steps"
+        return f"{flow.adjoint} is {times}; {_pace(flow)}"
+    left = f"{percent(left)} of {flow.adjoint} is left"
+    return f"{left} after {longest} steps; {_pace(flow)}"
 
 
 def _pace(flow):
     factor = flow.factor
     if factor == 0:
-        return "dL/dh_t does not pass one step"
+        return f"{flow.adjoint} does not pass one step"
     if abs(factor - 1) * len(flow.untruncated_lag_shares) < 0.01:
-        return "dL/dh_t keeps its norm"
+        return f"{flow.adjoint} keeps its norm"
     word, steps = ("halves", flow.half_life)
     if factor > 1:
         word, steps = "doubles", math.log(2) / math.log(factor)
-    return f"dL/dh_t {word} every {steps:.3g} steps (x {factor:.3g} a step)"
+    return f"{flow.adjoint} {word} every {steps:.3g} steps (x {factor:.3g} a step)"
 
 
 def _numbers(flow):
+    if flow.sigma_max is None:
+        most = flow.largest_step
+        if math.isnan(most):
+            return "no step is reached from another one"
+        return f"a step multiplied by {most:.3g} at most, over all losses"
     parts = [
         f"sigma_max(U) {flow.sigma_max:.3g}, spectral radius {flow.spectral_radius:.3g}"
     ]
@@ -187,6 +201,18 @@ def _numbers(flow):
             f"inactive units {percent(share_of(flow.inactive))}, dead {percent(flow.dead)}"
         )
     return "; ".join(parts)
+
+
+def _gate(name, gate):
+    words = f"{name} {np.mean(gate.of_unit):.3g}"
+    if gate.holds:
+        middle, most = np.median(gate.memory), np.max(gate.memory)
+        words += (
+            f", which holds a unit for {middle:.3g} steps (median; at most {most:.3g})"
+        )
+    if share_of(gate.saturated) is not None:
+        words += f"; saturated {percent(share_of(gate.saturated))}"
+    return words
 
 
 def _windows(flow):
@@ -229,6 +255,13 @@ def _line(values, axis, first, width=32):
     places = [str(first + i) for i in known[[0, -1]]]
     bars = "".join(map(bar, logs))
     return f"{bars}  {' ... '.join(ends)}, {axis}{' ... '.join(places)}"
+
+
+def over_examples(function, norms):
+    """The function of the examples that have a step; NaN where none has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a step that all examples mask
+        return function(norms, axis=0)
 
 
 def share_of(by_step):

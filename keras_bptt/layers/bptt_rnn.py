@@ -3,6 +3,7 @@
 import keras
 
 from keras_bptt.cells.activations import resolve, xla_compiles
+from keras_bptt.cells.insides import Inside
 from keras_bptt.cells.simple_rnn import SimpleRNN
 from keras_bptt.layers.explicit_loop import ExplicitLoop, Step, signature_of
 from keras_bptt.layers.host_cell import weights_of
@@ -215,7 +216,13 @@ class BPTTRNN(OwnStep, ExplicitLoop, keras.layers.SimpleRNN):
             stored(cell.dtype_policy, weights_of(cell)),
             (d, r),
             lambda: xla_compiles(f, self.units, dtype),
+            insides=self._insides,
+            states=("h",),
         )
+
+    def _insides(self, x, before, after, noise):
+        del x, before, noise
+        return {"units": Inside(self.cell.activation, *after)}
 
     def _resolved(self):
         """f as the cell has it now, with what a gradient needs of it."""

@@ -33,12 +33,25 @@ def compiled_step(cell, equations, sequences, states, training):
             for value, variable in zip(values, variables, strict=True)
         ),
     )
+    equations = equations(len(of_x))
     if _knows(cell):
-        step, beside = _of_keras(switches(), equations(len(of_x)), *specs)
+        step, beside = _of_keras(switches(), equations, *specs)
     else:
-        step, beside = _compiled(equations(len(of_x)), *specs)
+        step, beside = _compiled(equations, *specs)
     weights = step.weights_from([*values, *map(value_outside, beside)])
-    return Step(step, weights, noise, lambda: xla_compiles(step))
+
+    def insides(x, before, after, noise):
+        del after
+        return equations.insides(x, before, noise, values)
+
+    return Step(
+        step,
+        weights,
+        noise,
+        lambda: xla_compiles(step),
+        insides=insides,
+        states=("h", "c")[: len(states)],
+    )
 
 
 def _factors(cell, sequences, states):

@@ -43,6 +43,11 @@ def signature_of(host):
     return arguments.joined_signature(ExplicitLoop.__init__, host.__init__)
 
 
+def _nothing_known(x, before, after, noise):
+    del x, before, after, noise
+    return {}
+
+
 class Step(NamedTuple):
     """What a layer repeats over time, in one call.
 
@@ -52,6 +57,9 @@ class Step(NamedTuple):
         noise: what it has of each example at all steps, such as dropout factors.
         xla_compiles: says whether XLA can compile it.
         seeds: from which it draws random numbers in every step of this call.
+        insides: a function of many rows (x, the states before, the states after, noise)
+            that returns what is known of the inside of their steps, by name.
+        states: the letters of the states in its equations; none of any cell.
     """
 
     cell: Cell
@@ -59,6 +67,8 @@ class Step(NamedTuple):
     noise: tuple
     xla_compiles: Callable
     seeds: tuple = ()
+    insides: Callable = _nothing_known
+    states: tuple = ()
 
 
 class ExplicitLoop(GradientOptions):
@@ -203,7 +213,7 @@ class ExplicitLoop(GradientOptions):
         given = Arguments(
             sequences, tuple(step.weights), (*flat, *more), tuple(output_weights)
         )
-        run = observed_or(recurrence, self)
+        run = observed_or(recurrence, self, step)
         y, after = run(options, constants, given)
         if g is not None:
             # Keras' function, as it is: losses look for the logits behind a softmax.

@@ -9,7 +9,7 @@ _observer = contextvars.ContextVar("observer", default=None)
 
 @contextlib.contextmanager
 def observed(observer):
-    """Within it every layer's recurrence is `observer(layer, ...)`.
+    """Within it every layer's recurrence is `observer(layer, step, ...)`.
 
     The other arguments, and what it returns, are those of the recurrence. Only what is
     called (or traced) within it is observed, and only in this thread.
@@ -21,7 +21,7 @@ def observed(observer):
         _observer.reset(token)
 
 
-def observed_or(recurrence, layer):
+def observed_or(recurrence, layer, step):
     """The recurrence, or what an observer makes of it."""
     observer = _observer.get()
-    return recurrence if observer is None else functools.partial(observer, layer)
+    return recurrence if observer is None else functools.partial(observer, layer, step)

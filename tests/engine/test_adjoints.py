@@ -179,16 +179,16 @@ def test_the_outputs_are_those_of_the_unobserved_recurrence(mode):
 def test_only_what_is_called_within_is_observed():
     seen = []
 
-    def observer(layer, *arguments):
-        seen.append(layer)
+    def observer(layer, step, *arguments):
+        seen.append((layer, step))
         return recurrence(*arguments)
 
     call = options_of(), Constants(), arguments()
     with observed(observer):
-        observed_or(recurrence, "within")(*call)
+        observed_or(recurrence, "within", "step")(*call)
         with pytest.raises(ZeroDivisionError), observed(None):
-            observed_or(recurrence, "without")(*call)
+            observed_or(recurrence, "without", "step")(*call)
             raise ZeroDivisionError
-        observed_or(recurrence, "within again")(*call)
-    observed_or(recurrence, "after")(*call)
-    assert seen == ["within", "within again"]
+        observed_or(recurrence, "within again", "step")(*call)
+    observed_or(recurrence, "after", "step")(*call)
+    assert seen == [("within", "step"), ("within again", "step")]

@@ -467,11 +467,15 @@ def error_cases():
         ),
         (
             keras.layers.LSTM(H, name="gates"),
-            r"whose backward pass .*LSTM 'gates'.*cannot be.*without gates",
+            r"whose backward pass .*LSTM 'gates'.*convert\(model\)",
         ),
         (
             keras.layers.Bidirectional(keras.layers.GRU(H, name="gates")),
-            r"whose backward pass .*GRU 'forward_gates'.*cannot be.*without gates",
+            r"whose backward pass .*GRU 'forward_gates'.*convert\(model\)",
+        ),
+        (
+            keras.layers.RNN(keras.layers.LSTMCell(H), name="own"),
+            r"whose backward pass .*RNN 'own'.*BPTT\(cell\)",
         ),
     ]
     for layer, words in without_a_layer:

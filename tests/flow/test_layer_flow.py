@@ -28,12 +28,17 @@ def flow_of(shares, **given):
     norms = 1 + rng().random((5, T))
     fields = {
         "name": "rnn",
+        "layer": "BPTTRNN",
+        "units": UNITS,
         "activation": "tanh",
         "truncation": None,
         "adjoint_clipnorm": None,
+        "adjoint_max_growth": None,
         "adjoint_norms": norms,
+        "state_adjoint_norms": {"h": norms},
         "delta_norms": norms / 2,
         "lag_shares": shares,
+        "state_lag_shares": {"h": shares},
         "untruncated_lag_shares": shares,
         "last_step_only": False,
         "singular_values": np.linspace(1.2, 0.1, UNITS),
