@@ -2,19 +2,25 @@
 
 Handwritten digits of 8 x 8 pixels (scikit-learn carries them) are read pixel by pixel, 64
 steps of one number, and named after the last. What the first row of pixels says must be
-held for 60 steps, and to learn that the gradient has to walk back as many. Four networks
-have the same weights, but for the gain of the recurrent kernel, U = gain * an orthogonal
-matrix, all of whose singular values are the gain, and see the same batches:
+held for 60 steps, and to learn that the gradient has to walk back as many. Four plain
+networks have the same weights, but for the gain of the recurrent kernel, U = gain * an
+orthogonal matrix, all of whose singular values are the gain:
 
     small         0.5: a step back at least halves the gradient. It vanishes
     orthogonal    1: U keeps its norm, and only tanh's slope takes from it
     large         1.5: it grows on its way back. It explodes
     clipped       1.5 with `adjoint_max_growth`: it stays as large as the loss has sent it
 
-`gradient_flow` says so before a step of training. Then the networks are trained, and it
-is asked again. All for several seeds.
+Three have gates, with the weights that Keras begins with:
 
-    python examples/vanishing_and_exploding.py            # a few minutes
+    LSTM, forget 0    its forget gates begin at 1/2
+    LSTM, forget 1    the bias of its forget gates begins at 1, Keras' default
+    GRU               its update gates begin at 1/2
+
+All see the same batches. `gradient_flow` says what to expect before a step of training.
+Then the networks are trained, and it is asked again. All for several seeds.
+
+    python examples/vanishing_and_exploding.py            # ten minutes
     python examples/vanishing_and_exploding.py --smoke    # seconds
 
 Writes vanishing_and_exploding.json and vanishing_and_exploding.png.
@@ -32,9 +38,17 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from keras_bptt import BPTTRNN, gradient_flow
+from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN, gradient_flow
 
-COLOURS = {"small": "C0", "orthogonal": "C2", "large": "C3", "clipped": "C1"}
+COLOURS = {
+    "small": "C0",
+    "orthogonal": "C2",
+    "large": "C3",
+    "clipped": "C1",
+    "LSTM, forget 0": "C9",
+    "LSTM, forget 1": "C4",
+    "GRU": "C5",
+}
 KEPT = "verdict", "factor", "half_life", "mean_adjoint"  # of a flow, in the results
 
 
@@ -58,15 +72,32 @@ def baselines(x, test_x, y, test_y):
     }
 
 
-def build_model(gain, growth, seed, args):
-    """The weights of a seed are the same whatever the gain, which multiplies U."""
-    keras.utils.set_random_seed(seed)
-    rnn = BPTTRNN(
+def recurrent_layer(name, args):
+    """The layer of a network. `clipped` follows the advice of the report on `large`."""
+    if name == "GRU":
+        return BPTTGRU(args.units, name="rnn")
+    if name.startswith("LSTM"):
+        forget = name == "LSTM, forget 1"
+        return BPTTLSTM(args.units, unit_forget_bias=forget, name="rnn")
+    return BPTTRNN(
         args.units,
-        recurrent_initializer=keras.initializers.Orthogonal(gain),
-        adjoint_max_growth=growth,
+        recurrent_initializer=keras.initializers.Orthogonal(gain_of(name, args)),
+        adjoint_max_growth=1.0 if name == "clipped" else None,
         name="rnn",
     )
+
+
+def gain_of(name, args):
+    """The singular values of U; None of a network with gates, which has several."""
+    gains = {"small": args.small, "orthogonal": 1.0}
+    gains |= {"large": args.large, "clipped": args.large}
+    return gains.get(name)
+
+
+def build_model(name, seed, args):
+    """The weights of a seed are the same whatever the gain, which multiplies U."""
+    keras.utils.set_random_seed(seed)
+    rnn = recurrent_layer(name, args)
     model = keras.Sequential([keras.Input((64, 1)), rnn, keras.layers.Dense(10)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     adam = keras.optimizers.Adam(args.learning_rate)
@@ -85,33 +116,35 @@ def train(model, seed, digits, args):
 
 
 def compare(seed, digits, args):
-    """Measure, train and measure the four networks. Returns what is kept, by name."""
+    """Measure, train and measure the networks. Returns what is kept, by name."""
     x, _, y, _ = digits
     # As many as in training: a mean loss divides by the batch, and so do its gradients.
     batch = x[: args.batch_size], y[: args.batch_size]
     results = {}
     for name in COLOURS:
-        gain = {"small": args.small, "orthogonal": 1.0}.get(name, args.large)
-        growth = 1.0 if name == "clipped" else None  # as the report advises
-        model = build_model(gain, growth, seed, args)
+        model = build_model(name, seed, args)
         before = gradient_flow(model, *batch)["rnn"]
         accuracy = train(model, seed, digits, args)
         after = gradient_flow(model, *batch)["rnn"]
-        result = {"gain": gain, "adjoint_max_growth": growth, "accuracy": accuracy}
+        result = {"gain": gain_of(name, args), "accuracy": accuracy}
         for when, flow in {"before": before, "after": after}.items():
             result[when] = {key: flow.to_dict()[key] for key in KEPT}
         results[name] = result
         if seed == 0:
-            print(f"\n{name}, gain {gain:g}, before training:\n\n{before}")
+            print(f"\n{label_of(name, result)}, before training:\n\n{before}")
         print(f"\n{name}, seed {seed}: test accuracy {accuracy[-1]:.3f}", flush=True)
     return results
 
 
+def label_of(name, result):
+    return name if result["gain"] is None else f"{name}, gain {result['gain']:g}"
+
+
 def print_table(results):
     """Medians over the seeds, and the range of the accuracies."""
-    print(f"\n{'':<12}{'before training':<32}after training")
+    print(f"\n{'':<16}{'before training':<32}after training")
     head = f"{'verdict':<11}{'a step':>8}"
-    print(f"{'network':<12}{head}{'half-life':>11}  {head}   test accuracy")
+    print(f"{'network':<16}{head}{'half-life':>11}  {head}   test accuracy")
     for name in results[0]:
 
         def median(when, key, name=name):
@@ -127,7 +160,7 @@ def print_table(results):
         life = median("before", "half_life")
         scores = [each[name]["accuracy"][-1] for each in results]
         print(
-            f"{name:<12}{verdicts['before']:<11}{factors['before']:>8}"
+            f"{name:<16}{verdicts['before']:<11}{factors['before']:>8}"
             f"{f'{life:.3g}' if life < math.inf else '-':>11}  "
             f"{verdicts['after']:<11}{factors['after']:>8}   {np.median(scores):.3f} "
             f"({min(scores):.3f} ... {max(scores):.3f})"
@@ -135,7 +168,10 @@ def print_table(results):
 
 
 def plot(results, path):
-    """Learning curves above; below them |dL/dh_t| before and after training."""
+    """Learning curves above; below them |dL/ds_t| before and after training.
+
+    s_t is h_t and, of an LSTM, c_t too.
+    """
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     axes = figure.subplot_mosaic([["learning"] * 2, ["before", "after"]])
 
@@ -143,7 +179,7 @@ def plot(results, path):
         for name, color in COLOURS.items():
             values = np.array([of(each[name]) for each in results], float)
             low, median, high = np.quantile(values, [0, 0.5, 1], axis=0)
-            label = f"{name}, gain {results[0][name]['gain']:g}"
+            label = label_of(name, results[0][name])
             steps = np.arange(1, len(median) + 1)
             axes.plot(steps, median, color=color, label=label)
             axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
@@ -157,7 +193,10 @@ def plot(results, path):
     axes["learning"].legend()
     for when in "before", "after":
         curves(axes[when], lambda result, when=when: result[when]["mean_adjoint"])
-        axes[when].set(xlabel="t: pixel, of 64 before the loss", ylabel="|dL/dh_t|")
+        axes[when].set(
+            xlabel="t: pixel, of 64 before the loss",
+            ylabel="|dL/ds_t|",
+        )
         axes[when].set_title(f"The gradient {when} training", loc="left")
         # What vanishes leaves the panel, lest the others be one line at its top.
         axes[when].set(yscale="log", ylim=(1e-8, None))

@@ -604,6 +604,23 @@ BREAKS = {
             )
         ),
     ),
+    # What is measured of the gradient.
+    "a state's norms for another's": Break(
+        "flow", "flow.measurement._norms", gives(lambda norms: tf.reverse(norms, [0]))
+    ),
+    "a gate for another": Break(
+        "flow",
+        "cells.lstm.LSTM.insides",
+        gives(lambda gates: dict(zip(gates, [*gates.values()][::-1], strict=True))),
+    ),
+    "masked steps among the real ones": Break(
+        "flow", "flow.measurement._Packed.of", lambda _: lambda self, norms: norms
+    ),
+    "some of the losses for all": Break(
+        "flow",
+        "flow.lags._spread",
+        takes(lambda places, number: (places, number // 2)),
+    ),
     "factors of another example": Break(
         "any cell, dropout",
         DERIVED + "_Lead.spread",

@@ -15,6 +15,7 @@ import test_clipping
 import test_contract
 import test_draws
 import test_explicit
+import test_flow_of_cells
 import test_general_cells
 import test_half_precision
 import test_higher_orders
@@ -116,6 +117,7 @@ CHECKS = {
     "draws, checkpoints": call(test_draws.check, "checkpoints"),
     "draws, last window": call(test_draws.check, "last window"),
     "draws, second order": call(test_draws.check, "plain", order=2),
+    "flow": call(test_flow_of_cells.check_lstm, True),
     "half precision": call(check_half, 2**20),
     "half precision, blocks": call(check_half, 1),
 }

@@ -162,6 +162,10 @@ def random_weights(layer):
 @pytest.mark.parametrize("masked", [False, True])
 @without_graphs()
 def test_an_lstm_equals_the_reference(masked):
+    check_lstm(masked)
+
+
+def check_lstm(masked):
     layer = BPTTLSTM(UNITS, return_sequences=True, dtype="float64")
     model = model_of(keras.layers.Masking(dtype="float64"), layer)
     weights = random_weights(layer)
