@@ -20,7 +20,7 @@ Three have gates, with the weights that Keras begins with:
 All see the same batches. `gradient_flow` says what to expect before a step of training.
 Then the networks are trained, and it is asked again. All for several seeds.
 
-    python examples/vanishing_and_exploding.py            # ten minutes
+    python examples/vanishing_and_exploding.py            # six minutes
     python examples/vanishing_and_exploding.py --smoke    # seconds
 
 Writes vanishing_and_exploding.json and vanishing_and_exploding.png.
@@ -190,11 +190,11 @@ def plot(results, path):
     curves(axes["learning"], lambda result: result["accuracy"])
     axes["learning"].set(xlabel="epoch", ylabel="test accuracy", ylim=(0, 1))
     axes["learning"].set_title(f"Digits read pixel by pixel: {seeds}", loc="left")
-    axes["learning"].legend()
+    axes["learning"].legend(loc="lower right", ncols=2)
     for when in "before", "after":
         curves(axes[when], lambda result, when=when: result[when]["mean_adjoint"])
         axes[when].set(
-            xlabel="t: pixel, of 64 before the loss",
+            xlabel="pixel t; the loss reads the state after pixel 64",
             ylabel="|dL/ds_t|",
         )
         axes[when].set_title(f"The gradient {when} training", loc="left")

@@ -73,7 +73,7 @@ KEY_LINES = {
         "logistic regression on all pixels at once",
         "  vanishing: dL/dh_t halves every",
         "32 examples, adjoint_max_growth=1",
-        "network     verdict",
+        "network         verdict",
     ],
 }
 KINDS = ["character_language_model", "draw_digits", "flowers", "read_digits"]
@@ -278,6 +278,7 @@ def check_results_of_strategies(folder):
 def check_results_of_digits(path):
     """At first the gradient shrinks or grows as the gain says, unless it is clipped."""
     (found,) = json.loads(path.read_text())["seeds"]
+    assert len(found) == 7
     ratios = {}
     for name, network in found.items():
         assert len(network["after"]["mean_adjoint"]) == 64
@@ -286,6 +287,7 @@ def check_results_of_digits(path):
         ratios[name] = first / last
     assert ratios["small"] <= 0.5**63
     assert ratios["small"] < ratios["orthogonal"] < 1 < ratios["large"]
+    assert ratios["LSTM, forget 0"] < ratios["LSTM, forget 1"] < 1
     first, *_, last = found["clipped"]["before"]["mean_adjoint"]
     assert first <= last * 1.001
     assert path.with_suffix(".png").stat().st_size > 10_000
@@ -424,7 +426,7 @@ def test_targets_are_the_first_feature_a_lag_ago():
 def test_networks_differ_in_the_gain_alone():
     build = load("vanishing_and_exploding").build_model
     args = arguments_of("vanishing_and_exploding")
-    one, other = (build(gain, None, 3, args).get_weights() for gain in (1.0, 1.5))
+    one, other = (build(n, 3, args).get_weights() for n in ("orthogonal", "large"))
     one[1] *= 1.5
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
