@@ -9,6 +9,7 @@ import warnings
 import keras
 import tensorflow as tf
 
+from keras_bptt.layers.bptt import BPTT
 from keras_bptt.layers.bptt_gru import BPTTGRU
 from keras_bptt.layers.bptt_lstm import BPTTLSTM
 from keras_bptt.layers.bptt_rnn import BPTTRNN
@@ -22,6 +23,7 @@ _HOSTS = {
     BPTTRNN: keras.layers.SimpleRNN,
     BPTTLSTM: keras.layers.LSTM,
     BPTTGRU: keras.layers.GRU,
+    BPTT: keras.layers.RNN,
 }
 # What `to` may name: which class is replaced by which.
 _DIRECTIONS = {
@@ -36,14 +38,14 @@ def convert(model, to="keras_bptt", **options):
     Use it for a model that is trained already: a `.weights.h5` file names the classes of
     the layers that it was saved from, and does not load into others. Use it too to give the
     layers of a model other options, such as those that `gradient_flow` advises, or
-    `unroll=1` for an export to ONNX. For a new model, write `BPTTRNN`, `BPTTLSTM` or
-    `BPTTGRU` yourself.
+    `unroll=1` for an export to ONNX. For a new model, write `BPTTRNN`, `BPTTLSTM`,
+    `BPTTGRU` or `BPTT(cell)` yourself.
 
-    Every `keras.layers.SimpleRNN`, `LSTM` and `GRU` becomes a `BPTTRNN`, `BPTTLSTM` and
-    `BPTTGRU`, wherever the layer is in the model: in a `Bidirectional` or another wrapper,
-    in a model inside the model, shared between two calls, in a layer of your own that has
-    it in its configuration. Subclasses of these layers, `keras.layers.RNN(cell)` and
-    `BPTT(cell)` stay as they are. All outputs are the same. The copy takes over weights,
+    Every `keras.layers.SimpleRNN`, `LSTM`, `GRU` and `RNN(cell)` becomes a `BPTTRNN`,
+    `BPTTLSTM`, `BPTTGRU` and `BPTT(cell)`, wherever the layer is in the model: in a
+    `Bidirectional` or another wrapper, in a model inside the model, shared between two
+    calls, in a layer of your own that has it in its configuration. Subclasses of these
+    layers stay as they are. All outputs are the same. The copy takes over weights,
     names, what preprocessing layers have adapted to, the arguments of `compile` and the
     state of the optimizer, so that training goes on where it was. The model that is passed
     does not change.
@@ -75,7 +77,9 @@ def convert(model, to="keras_bptt", **options):
         ValueError: for any other `to` or option; for a model without a layer to convert or
             to give an option to; on the way to Keras, for a layer with `output_units`,
             which Keras' layers do not have; and for an optimizer that belongs to other
-            weights than are trainable now.
+            weights than are trainable now. A `BPTT` of the copy raises at its first call
+            for a cell that it does not take; `to=BPTTLSTM`, say, leaves every `RNN(cell)`
+            as it is.
 
     Warns:
         UserWarning: where a class of your own makes layers that its configuration does not
@@ -158,7 +162,7 @@ def _either(classes, article=False):
 
 def _with_article(layer_class):
     name = layer_class.__name__
-    return f"an {name}" if name.startswith("LSTM") else f"a {name}"
+    return f"an {name}" if name in ("LSTM", "RNN") else f"a {name}"
 
 
 def _checked(options, classes):
@@ -183,7 +187,7 @@ def _checked(options, classes):
     if not options:
         return {}
     # Any of the classes: the options are the same. What float16 forbids the layers say.
-    layer = next(iter(classes.values()))(1, dtype="float32", **options)
+    layer = _smallest(next(iter(classes.values())), dtype="float32", **options)
     config = layer.get_config()
     return {name: config.get(name) for name in options}
 
@@ -240,8 +244,14 @@ def _replaced(node, classes, options):
 @functools.cache  # to make a layer draws a seed, and takes an automatic name
 def _identity(layer_class):
     """What names the class in a serialized layer."""
-    serialized = keras.saving.serialize_keras_object(layer_class(1))
+    serialized = keras.saving.serialize_keras_object(_smallest(layer_class))
     return {key: serialized[key] for key in ("module", "class_name", "registered_name")}
+
+
+def _smallest(layer_class, **options):
+    """A layer of the class, of one unit."""
+    cells = layer_class in (BPTT, keras.layers.RNN)
+    return layer_class(keras.layers.SimpleRNNCell(1) if cells else 1, **options)
 
 
 def _arguments_for(old, new, config):

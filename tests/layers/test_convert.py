@@ -12,6 +12,7 @@ from helpers import FLOAT32, B, D, H, T, few, relative_error, rng, without_graph
 from keras import layers
 
 from keras_bptt import (
+    BPTT,
     BPTTGRU,
     BPTTLSTM,
     BPTTRNN,
@@ -22,6 +23,7 @@ from keras_bptt import (
 from keras_bptt.layers.inside import layers_inside
 
 HOSTS = {BPTTRNN: layers.SimpleRNN, BPTTLSTM: layers.LSTM, BPTTGRU: layers.GRU}
+EVERY = HOSTS | {BPTT: layers.RNN}
 OURS = {host: layer for layer, host in HOSTS.items()}
 
 
@@ -62,6 +64,11 @@ class Residual(layers.Layer):
 @keras.saving.register_keras_serializable(package="test_convert")
 class OwnLSTM(layers.LSTM):
     """Of which nobody knows what else it computes."""
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class OwnRNN(layers.RNN):
+    """The same."""
 
 
 @keras.saving.register_keras_serializable(package="test_convert")
@@ -253,47 +260,120 @@ def kinds(model):
     return found
 
 
-OTHERS = [layers.RNN, OwnLSTM]
-
-
 @without_graphs()
 def test_every_kind_at_once():
     model, x = of_all_kinds(), data()
     model.set_weights([2 * w for w in model.get_weights()])
-    ours, expected = [BPTTRNN, BPTTLSTM, *OTHERS, BPTTGRU], model(x)
+    ours, expected = [BPTTRNN, BPTTLSTM, BPTT, OwnLSTM, BPTTGRU], model(x)
     assert np.std(expected) > 0.1
     there = convert(model)
     assert kinds(there) == ours
     assert relative_error(there(x), expected) < SAME
     window = convert(there, truncation=2)
     assert kinds(window) == ours
-    found = [each for _, each in layers_inside(window) if type(each) in HOSTS]
-    assert [each.truncation for each in found] == [Truncation(2)] * 4
+    found = [each for _, each in layers_inside(window) if type(each) in EVERY]
+    assert [each.truncation for each in found] == [Truncation(2)] * 5
     back = convert(window, to="keras")
     assert kinds(back) == kinds(model)
     assert back.get_config() == model.get_config()
     assert relative_error(back(x), expected) < SAME
 
 
+@keras.saving.register_keras_serializable(package="test_convert")
+class Leaky(layers.Layer):
+    """A cell of a user's own."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = self.state_size = units
+
+    def build(self, shape):
+        self.W = self.add_weight(shape=(shape[-1], self.units))
+        self.U = self.add_weight(shape=(self.units, self.units))
+
+    def call(self, x, states):
+        h = 0.8 * states[0] + 0.2 * keras.ops.tanh(x @ self.W + states[0] @ self.U)
+        return h, [h]
+
+    def get_config(self):
+        return super().get_config() | {"units": self.units}
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class Mixes(Leaky):
+    """Treats no example alone."""
+
+    def call(self, x, states):
+        h, _ = super().call(x, states)
+        h = h - keras.ops.mean(h, axis=0)
+        return h, [h]
+
+
+def model_of_cells():
+    """Cells of Keras and one of a user's own, a stack, masks, states that go on."""
+    x = keras.Input((None, D))
+    sequence = {"return_sequences": True}
+    h = layers.Masking(0.0)(x)
+    h = layers.Bidirectional(layers.RNN(layers.GRUCell(4, dropout=0.2), **sequence))(h)
+    h = layers.RNN([layers.LSTMCell(3), Leaky(5)], **sequence)(h)
+    h, *states = layers.RNN(layers.LSTMCell(H), return_state=True, **sequence)(h)
+    h = layers.RNN(layers.LSTMCell(H), go_backwards=True)(h, initial_state=states)
+    model = keras.Model(x, layers.Dense(2)(h))
+    model.compile("adam", "mse")
+    return model
+
+
+def test_cells_there_and_back():
+    """RNN(cell) becomes BPTT(cell), with options; a trained model goes on as it was."""
+    model = model_of_cells()
+    x, y = rng(1).normal(size=(B, T, D)), rng(2).normal(size=(B, 2))
+    x[0, 3:] = 0
+    model.fit(x, y, verbose=0)
+    ours = convert(model, truncation=T, checkpoint_every=2)
+    found = [layer for _, layer in layers_inside(ours) if isinstance(layer, layers.RNN)]
+    assert [type(layer) for layer in found] == [BPTT] * 5
+    given = {(layer.truncation, layer.checkpoint_every) for layer in found}
+    assert given == {(Truncation(T), 2)}
+    back = convert(ours, to=layers.RNN)
+    assert back.get_config() == model.get_config()
+    expected = model.predict(x, verbose=0)
+    for copy in (ours, back):
+        assert relative_error(copy.predict(x, verbose=0), expected) < SAME
+        assert copy.optimizer.iterations == 1
+        copy.fit(x, y, verbose=0)
+        assert copy.optimizer.iterations == 2
+
+
+def test_a_cell_that_no_layer_of_this_package_takes():
+    """The copy raises, at its first call; one kind of layer can be converted without it."""
+    rnn = layers.RNN(Mixes(3), return_sequences=True)
+    model = keras.Sequential([keras.Input((T, D)), rnn, layers.LSTM(2)])
+    with pytest.raises(ValueError, match="each example"):
+        convert(model)(np.ones((B, T, D)))
+    copy = convert(model, to=BPTTLSTM)
+    assert [type(layer) for layer in copy.layers] == [layers.RNN, BPTTLSTM]
+
+
 @pytest.mark.parametrize(
-    "layer", few([(layer,) for layer in HOSTS], lambda layer: layer is not BPTTGRU)
+    "layer", few([(layer,) for layer in EVERY], lambda layer: layer is not BPTTGRU)
 )
 def test_one_kind_alone(layer):
     """Of a class that is named; options go to no other."""
     model = of_all_kinds()
     theirs = kinds(model)
-    ours = [OURS.get(each, each) for each in theirs]
-    expected = [layer if OURS.get(each) is layer else each for each in theirs]
+    of_host = {host: layer for layer, host in EVERY.items()}
+    ours = [of_host.get(each, each) for each in theirs]
+    expected = [layer if of_host.get(each) is layer else each for each in theirs]
     there = convert(convert(model, to=layer), to=layer, adjoint_clipnorm=0.5)
     assert kinds(there) == expected
     there = convert(
         convert(model, adjoint_clipnorm=0.1), to=layer, adjoint_clipnorm=0.5
     )
     for _, each in layers_inside(there):
-        if type(each) in HOSTS:
+        if type(each) in EVERY:
             assert each.adjoint_clipnorm == (0.5 if type(each) is layer else 0.1)
-    back = convert(there, to=HOSTS[layer])
-    assert kinds(back) == [HOSTS[layer] if each is layer else each for each in ours]
+    back = convert(there, to=EVERY[layer])
+    assert kinds(back) == [EVERY[layer] if each is layer else each for each in ours]
 
 
 @each_host("SimpleRNN", "GRU")
@@ -640,15 +720,18 @@ class MadeInside(layers.Layer):
 
 def neither():
     """Recurrent layers that are not converted."""
-    cell = layers.RNN(layers.LSTMCell(3), return_sequences=True)
-    return keras.Sequential([keras.Input((None, D)), cell, OwnLSTM(2)])
+    own = OwnRNN(layers.LSTMCell(3), return_sequences=True)
+    return keras.Sequential([keras.Input((None, D)), own, OwnLSTM(2)])
 
 
 def gated():
     return keras.Sequential([keras.Input((None, D)), layers.LSTM(3), layers.Dense(2)])
 
 
-ALL = "a SimpleRNN, an LSTM or a GRU", "a BPTTRNN, a BPTTLSTM or a BPTTGRU"
+ALL = (
+    "a SimpleRNN, an LSTM, a GRU or an RNN",
+    "a BPTTRNN, a BPTTLSTM, a BPTTGRU or a BPTT",
+)
 
 
 @pytest.mark.parametrize(
@@ -660,10 +743,11 @@ ALL = "a SimpleRNN, an LSTM or a GRU", "a BPTTRNN, a BPTTLSTM or a BPTTGRU"
         ),
         (lambda m: convert([m, m]), ["keras.Model", "of type list", "one by one"]),
         (
-            lambda m: convert(m, to=layers.RNN),
+            lambda m: convert(m, to=layers.ConvLSTM2D),
             [
                 "'keras_bptt' or 'keras'",
-                "BPTTRNN, BPTTLSTM or BPTTGRU or keras.layers.SimpleRNN, LSTM or GRU",
+                "BPTTRNN, BPTTLSTM, BPTTGRU or BPTT or "
+                "keras.layers.SimpleRNN, LSTM, GRU or RNN",
                 "to=<class 'keras.",
                 "Pass one of them",
             ],
@@ -687,7 +771,7 @@ ALL = "a SimpleRNN, an LSTM or a GRU", "a BPTTRNN, a BPTTLSTM or a BPTTGRU"
         ),
         (
             lambda m: convert(convert(m), to="keras", unroll=3),
-            [f"`unroll` of {ALL[0]} must", "to BPTTRNN, BPTTLSTM or BPTTGRU."],
+            [f"`unroll` of {ALL[0]} must", "to BPTTRNN, BPTTLSTM, BPTTGRU or BPTT."],
         ),
         (
             lambda m: convert(convert(gated()), to=layers.LSTM, adjoint_clipnorm=1.0),
@@ -695,7 +779,7 @@ ALL = "a SimpleRNN, an LSTM or a GRU", "a BPTTRNN, a BPTTLSTM or a BPTTGRU"
         ),
         (
             lambda m: convert(gated(), use_cudnn=False),
-            ["for the BPTTRNN, BPTTLSTM or BPTTGRU of", "may be", "use_cudnn=False"],
+            ["BPTTLSTM, BPTTGRU or BPTT of the copy may be", "use_cudnn=False"],
         ),
         (
             lambda m: convert(convert(m), to=layers.SimpleRNN, truncation=3),
@@ -735,11 +819,11 @@ ALL = "a SimpleRNN, an LSTM or a GRU", "a BPTTRNN, a BPTTLSTM or a BPTTGRU"
         ),
         (
             lambda m: convert(neither()),
-            ["hold a SimpleRNN", "holds none: RNN, OwnLSTM."],
+            ["hold a SimpleRNN", "holds none: OwnRNN, OwnLSTM."],
         ),
         (
             lambda m: convert(neither(), truncation=3),
-            ["hold a SimpleRNN", f"or {ALL[1]}, to get the options", "none: RNN"],
+            ["hold a SimpleRNN", f"or {ALL[1]}, to get the options", "none: OwnRNN"],
         ),
         (
             lambda m: convert(Attributes(name="net")),
