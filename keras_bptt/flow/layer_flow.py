@@ -188,9 +188,10 @@ class LayerFlow:
         units, and of another cell. (Recurrent dropout, which scales the state, is left
         out.)
         """
-        if self.singular_values is None or self.max_slope is None:
+        largest = self.sigma_max
+        if largest is None or self.max_slope is None:
             return None
-        return self.sigma_max * self.max_slope
+        return largest * self.max_slope
 
     @property
     def factor(self) -> float:
