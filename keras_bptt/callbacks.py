@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_bptt.flow import tensorboard
 from keras_bptt.flow.gradient_flow import gradient_flow
 from keras_bptt.flow.layer_flow import check_tolerance, is_number
-from keras_bptt.flow.verdict import over_examples
+from keras_bptt.flow.quantities import chosen, numbers_of
 from keras_bptt.runtime.wording import described
 from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
 
@@ -32,14 +32,14 @@ class MeasuringCallback(keras.callbacks.Callback):
         self._batch = {"x": x, "y": y, "sample_weight": weight[0] if weight else None}
         self.layer, self.every, self.loss_steps = layer, every, loss_steps
         self.flow = None
-        self._logged = {}
+        self._logged = None
 
     def on_train_begin(self, logs=None):
-        self._logged = {}
+        self._logged = None
 
     def on_epoch_end(self, epoch, logs=None):
         # Also at the end of the first epoch, whatever its number: keys must not come late.
-        if not self._logged or epoch % self.every == 0:
+        if self._logged is None or epoch % self.every == 0:
             self.flow = self._flow()
             self._logged = self._measured(epoch)
         if logs is not None:
@@ -56,27 +56,41 @@ class MeasuringCallback(keras.callbacks.Callback):
 
 
 class GradientFlowLogger(MeasuringCallback):
-    """Logs how the gradient flows back through the BPTTRNN layers, epoch by epoch.
+    """Logs how the gradient flows back through recurrent layers, epoch by epoch.
 
     Use it to see when training begins to lose the gradient, or to blow up. At the end of
     the epochs 0, `every`, 2 `every`, ... (and of the first one) it measures `gradient_flow`
-    on one batch, and puts a number f"{layer}_{quantity}" of each layer into the logs:
+    on one batch, and puts a number f"{layer}_{quantity}" of each layer into the logs. These
+    are the quantities; one that a layer does not have is left out:
 
-        adjoint_norm     |dL/dh_t|, the mean over steps and examples
-        delta_norm       |dL/dz_t|, the same
+        adjoint_norm     |dL/dh_t|, of several states |dL/ds_t|: the mean over steps and
+                         examples
+        delta_norm       |dL/dz_t|, the same; not of a GRU
         factor           by how much one step multiplies the gradient
         half_life        after so many steps half of it is left
         lag_share        the share of a loss that reaches the longest lag
-        sigma_max        the largest singular value of the recurrent kernel
+        sigma_max        the largest singular value of the plain RNN's recurrent kernel
         spectral_radius  the largest absolute value of its eigenvalues
-        saturated        the share of saturated units; of tanh and sigmoid
-        inactive         the share of units that are 0; of relu
+        saturated        the share of its saturated units; of tanh and sigmoid
+        inactive         the share of its units that are 0; of relu
+        input_gate, forget_gate, output_gate
+                         of an LSTM: the mean over steps, units and examples
+        update_gate, reset_gate
+                         of a GRU: the same
+        memory           for how many steps the forget or update gate holds a unit: the
+                         median over the units
 
     The norms are those of training, with the layer's truncation and clipping; factor,
     half-life and share are without. In the epochs between, the numbers are the last ones.
     So `History`, the progress bar and every callback that stands behind this one have them:
     `EarlyStopping` (say its `mode`) and the like. Training goes on as it would without: no
     weight, no state and no seed changes.
+
+    A mean loss divides by the number of its examples, and so do the two norms: by the
+    number of examples that are measured, not by the batch size of training. With 8 examples
+    they are about 4 times those of a batch of 32. They can be compared from epoch to epoch;
+    for the numbers of training, such as one for `adjoint_clipnorm`, measure as many
+    `examples` as a batch of training has. No other quantity depends on it.
 
     With `log_dir` TensorBoard shows the same under gradient_flow/{layer}/{quantity}, the
     verdict in words, and |dL/dh_t| as a heat map: from left to right the steps, from top to
@@ -91,6 +105,8 @@ class GradientFlowLogger(MeasuringCallback):
             nests of them, as `fit` takes one batch.
         every: measure every so many epochs.
         layer: the name of a layer, or the layer, to measure that alone. None: all.
+        quantities: the names of those that go into the logs, or "all". TensorBoard gets
+            all in any case.
         log_dir: a folder for TensorBoard's events, or None.
         examples: at most so many are measured, the first of the batch. A model of a fixed
             batch size (stateful layers) needs that many.
@@ -110,7 +126,7 @@ class GradientFlowLogger(MeasuringCallback):
     >>> x, y = np.ones((4, 20, 2)), np.ones((4, 3))
     >>> model = keras.Sequential([keras.Input((20, 2)), BPTTRNN(3, name="rnn")])
     >>> model.compile("sgd", "mse")
-    >>> logger = GradientFlowLogger((x, y), every=2)
+    >>> logger = GradientFlowLogger((x, y), every=2, quantities="all")
     >>> stop = keras.callbacks.EarlyStopping("rnn_adjoint_norm", mode="max")
     >>> fitted = model.fit(x, y, epochs=2, verbose=0, callbacks=[logger, stop])
     >>> len(fitted.history["rnn_half_life"]), logger.flow["rnn"].timesteps
@@ -123,11 +139,13 @@ class GradientFlowLogger(MeasuringCallback):
         *,
         every=1,
         layer=None,
+        quantities=("adjoint_norm", "factor"),
         log_dir=None,
         examples=8,
         loss_steps=4,
     ):
         super().__init__(validation_batch, every, layer, examples, loss_steps)
+        self.quantities = chosen(quantities)
         self.log_dir = log_dir
         self._writer = None
 
@@ -143,7 +161,7 @@ class GradientFlowLogger(MeasuringCallback):
             self._writer = None
 
     def _measured(self, epoch):
-        numbers = {name: quantities(flow) for name, flow in self.flow.items()}
+        numbers = {name: numbers_of(flow) for name, flow in self.flow.items()}
         if self._writer is not None:
             # Keras' own TensorBoard callback may have told others to be silent.
             with self._writer.as_default(), tf.summary.record_if(True):
@@ -153,6 +171,7 @@ class GradientFlowLogger(MeasuringCallback):
             f"{name}_{quantity}": value
             for name, values in numbers.items()
             for quantity, value in values.items()
+            if quantity in self.quantities
         }
 
     def _write(self, epoch, numbers):
@@ -346,32 +365,6 @@ def _check_window(name, layer):
             f"{name}, with {layer.truncation}. Make it with a Truncation or None, or name "
             "another layer: layer='...'."
         )
-
-
-def quantities(flow):
-    """The numbers of a `LayerFlow` that are logged."""
-    shares = flow.untruncated_lag_shares
-    numbers = {
-        "adjoint_norm": _mean(flow.adjoint_norms),
-        "factor": flow.factor,
-        "half_life": flow.half_life,
-        "lag_share": float(shares[-1]) if len(shares) else math.nan,
-        "sigma_max": flow.sigma_max,
-        "spectral_radius": flow.spectral_radius,
-    }
-    numbers = {name: value for name, value in numbers.items() if value is not None}
-    of_steps = {
-        "delta_norm": flow.delta_norms,
-        "saturated": flow.saturated,
-        "inactive": flow.inactive,
-    }
-    for name, gate in flow.gates.items():
-        of_steps[name.replace(" ", "_")] = gate.mean
-    return numbers | {name: _mean(v) for name, v in of_steps.items() if v is not None}
-
-
-def _mean(norms):
-    return float(over_examples(np.nanmean, norms.ravel()))
 
 
 def _first(batch, examples):

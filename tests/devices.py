@@ -201,7 +201,7 @@ def callbacks(folder):
         with scope():
             model = build(BPTTRNN, {"return_sequences": True, "truncation": 1})
         adaptive = AdaptiveTruncation((x, y), tolerance=0.3)
-        measuring = [GradientFlowLogger((x, y)), adaptive]
+        measuring = [GradientFlowLogger((x, y), quantities="all"), adaptive]
         history = model.fit(x, y, callbacks=measuring, **training).history
         results |= {f"{name}/{devices}": values for name, values in history.items()}
     np.savez(folder / "callbacks.npz", **results)

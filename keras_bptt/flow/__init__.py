@@ -2,5 +2,6 @@
 
 * `gradient_flow`: the function `gradient_flow`.
 * `layer_flow`, `model_flow`: what it returns, `LayerFlow` and `GradientFlow`.
+* `quantities`: the numbers of it that callbacks log.
 * `tensorboard`: events of numbers and pictures, for the callbacks.
 """

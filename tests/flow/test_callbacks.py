@@ -14,6 +14,8 @@ import tensorflow as tf
 from helpers import random_inputs, without_graphs
 
 from keras_bptt import (
+    BPTTGRU,
+    BPTTLSTM,
     BPTTRNN,
     AdaptiveTruncation,
     GradientFlow,
@@ -91,7 +93,8 @@ def test_the_logs_hold_what_gradient_flow_gives():
     first = BPTTRNN(H, return_sequences=True, truncation=4, name="first")
     second = BPTTRNN(H, "relu", name="second")
     model = model_of(first, second, timesteps=6)
-    logger = GradientFlowLogger((x, Y, weight), every=2, examples=3, loss_steps=2)
+    options = {"every": 2, "examples": 3, "loss_steps": 2, "quantities": "all"}
+    logger = GradientFlowLogger((x, Y, weight), **options)
     before = epoch_of(logger, model)
     model.layers[-1].bias.assign([1.0, 2.0])
     assert epoch_of(logger, model, epoch=1, begin=False) == before
@@ -124,7 +127,8 @@ def test_known_numbers_of_one_layer_are_logged():
     x[:, :5] = 0
     other = decaying(1.0, name="a", return_sequences=True)
     model = model_of(keras.layers.Masking(), other, decaying(0.5))
-    logs = epoch_of(GradientFlowLogger((x, Y), layer="rnn"), model)
+    logger = GradientFlowLogger((x, Y), layer="rnn", quantities="all")
+    logs = epoch_of(logger, model)
     assert list(logs) == [f"rnn_{key}" for key in KEYS.split()]
     for key in ("factor", "sigma_max", "spectral_radius"):
         assert logs[f"rnn_{key}"] == pytest.approx(0.5, rel=1e-5)
@@ -135,9 +139,83 @@ def test_known_numbers_of_one_layer_are_logged():
     assert logs["rnn_adjoint_norm"] == pytest.approx(np.mean(norms[:, 5:]), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "layer_class, gates",
+    [(BPTTLSTM, "input forget output"), (BPTTGRU, "update reset")],
+    ids=["LSTM", "GRU"],
+)
+@without_graphs()
+def test_gates_are_logged(layer_class, gates):
+    """The mean of each, and for how many steps the one that holds a state does so."""
+    model = model_of(layer_class(H, name="layer"))
+    logger = GradientFlowLogger((X, Y), quantities="all")
+    logs = epoch_of(logger, model)
+    flow = logger.flow["layer"]
+    of_deltas = [] if flow.delta_norms is None else ["delta_norm"]
+    names = [f"{gate}_gate" for gate in gates.split()]
+    keys = ["adjoint_norm", *of_deltas, "factor", "half_life", "lag_share", *names]
+    assert list(logs) == [f"layer_{key}" for key in [*keys, "memory"]]
+    for gate, name in zip(flow.gates.values(), names, strict=True):
+        assert logs[f"layer_{name}"] == pytest.approx(np.mean(gate.mean))
+    (holding,) = [gate for gate in flow.gates.values() if gate.holds]
+    assert logs["layer_memory"] == pytest.approx(np.median(holding.memory))
+
+
+@pytest.mark.parametrize(
+    "quantities, keys",
+    [
+        (None, ["adjoint_norm", "factor"]),
+        (("sigma_max", "adjoint_norm"), ["adjoint_norm", "sigma_max"]),
+        ("half_life", ["half_life"]),
+        (["factor", "memory"], ["factor"]),  # it has no gate
+        ((), []),
+    ],
+    ids=str,
+)
+def test_quantities_are_chosen(quantities, keys, given, tmp_path):
+    """For the logs; TensorBoard has all, and so few or none are no more measurements."""
+    rnn, options = decaying(0.5), {"every": 2, "log_dir": tmp_path}
+    given(0.5, rnn)
+    options |= {} if quantities is None else {"quantities": quantities}
+    logger = GradientFlowLogger((X, Y), **options)
+    for epoch in range(4):
+        logs = epoch_of(logger, keras.Sequential(), epoch, begin=epoch == 0)
+        assert list(logs) == [f"rnn_{key}" for key in keys]
+    logger.on_train_end()
+    found = events_of(tmp_path)
+    assert {f"gradient_flow/rnn/{key}" for key in KEYS.split()} <= set(found)
+    assert list(found["gradient_flow/rnn/factor"]) == [0, 2]
+
+
+def test_a_quantity_that_is_not_there():
+    words = "`quantities` must be.*adjoint_norm, .*Received: {}Pass"
+    for value, received in [
+        (("factor", "sigma"), r"'sigma'. Did you mean 'sigma_max'\? "),
+        ("facto", r"'facto'. Did you mean 'factor'\? "),
+        ([3], r"3. "),
+        (None, "NoneType. "),
+    ]:
+        with pytest.raises(ValueError, match=words.format(received)):
+            GradientFlowLogger((X, Y), quantities=value)
+
+
+@without_graphs()
+def test_norms_are_those_of_the_examples_measured():
+    """The mean loss of half as many divides by half as many."""
+    x, y = X[[0, 0, 0, 0]], Y[[0, 0, 0, 0]]
+    model = model_of(decaying(0.5))
+    two, four = (
+        epoch_of(GradientFlowLogger((x, y), examples=n, quantities="all"), model)
+        for n in (2, 4)
+    )
+    for key in two:
+        ratio = 2 if key in ("rnn_adjoint_norm", "rnn_delta_norm") else 1
+        assert two[key] == pytest.approx(ratio * four[key], rel=1e-5), key
+
+
 def test_early_stopping_behind_it_stops(given):
     """It reads what the logger has put into the logs, and so does History."""
-    rnn, key = decaying(0.5), "rnn_sigma_max"
+    rnn, key = decaying(0.5), "rnn_factor"
     given(0.5, rnn)
     logger = GradientFlowLogger((X, Y), every=3)
     stop = keras.callbacks.EarlyStopping(key, mode="max", patience=2)
@@ -200,7 +278,8 @@ def pixels_of(array):
 def test_tensorboard_has_the_numbers_the_words_and_the_map(tmp_path):
     """Though another callback silences summaries, as Keras' own TensorBoard does."""
     rnn = decaying(0.5)
-    logger = GradientFlowLogger((X, Y), every=2, log_dir=tmp_path / "logs")
+    options = {"every": 2, "log_dir": tmp_path / "logs", "quantities": "all"}
+    logger = GradientFlowLogger((X, Y), **options)
     model, history = model_of(rnn), []
     for epoch, q in enumerate([0.5, 0.0, 1.0, 0.0]):
         rnn.cell.recurrent_kernel.assign(q * np.eye(H))
