@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_bptt.flow import tensorboard
+from keras_bptt.flow.batch import check_batch, check_size, first_of
 from keras_bptt.flow.gradient_flow import gradient_flow
 from keras_bptt.flow.layer_flow import check_tolerance, is_number
 from keras_bptt.flow.quantities import chosen, numbers_of
-from keras_bptt.runtime.wording import described
 from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
 
 # The decades of |dL/dh_t| between the ends of the colours.
@@ -26,9 +26,9 @@ class MeasuringCallback(keras.callbacks.Callback):
         check_positive("every", every, "it is measured every so many epochs")
         check_positive("examples", examples, "so many of the batch are measured")
         check_positive("loss_steps", loss_steps, "so many losses are followed back")
-        _check_batch(validation_batch)
+        check_batch(validation_batch)
         # Not the whole batch, which need not stay in memory.
-        x, y, *weight = _first(validation_batch, examples)
+        x, y, *weight = first_of(validation_batch, examples)
         self._batch = {"x": x, "y": y, "sample_weight": weight[0] if weight else None}
         self.layer, self.every, self.loss_steps = layer, every, loss_steps
         self.flow = None
@@ -36,6 +36,9 @@ class MeasuringCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self._logged = None
+        # What is wrong is said before an epoch has passed, where it can be known.
+        if self.model.built:
+            self.flow = self._first_flow()
 
     def on_epoch_end(self, epoch, logs=None):
         # Also at the end of the first epoch, whatever its number: keys must not come late.
@@ -46,6 +49,15 @@ class MeasuringCallback(keras.callbacks.Callback):
             logs |= self._logged
 
     def _flow(self):
+        """What is measured at the end of an epoch."""
+        return self._flow_as_it_is()
+
+    def _first_flow(self):
+        """What is measured at the beginning."""
+        return self._flow_as_it_is()
+
+    def _flow_as_it_is(self):
+        check_size(self.model, tuple(self._batch.values()))
         return gradient_flow(
             self.model, **self._batch, layer=self.layer, loss_steps=self.loss_steps
         )
@@ -99,6 +111,7 @@ class GradientFlowLogger(MeasuringCallback):
 
     Cost: `gradient_flow` of at most `examples` examples, with `loss_steps` single losses
     followed back, whatever the length of the epoch; the heat map at most 256 x 256 cells.
+    It is measured once more when training begins, so that what is wrong is said then.
 
     Args:
         validation_batch: a tuple (x, y) or (x, y, sample_weight) of arrays, tensors or
@@ -113,11 +126,13 @@ class GradientFlowLogger(MeasuringCallback):
         loss_steps: so many single losses are followed back, as in `gradient_flow`.
 
     Attributes:
-        flow: the last `GradientFlow`, None before the first.
+        flow: the last `GradientFlow`; None before the first.
 
     Raises:
-        ValueError: for arguments out of their range; at the end of the first epoch for what
-            `gradient_flow` raises, such as a layer that is not there.
+        ValueError: for arguments out of their range; when training begins for what
+            `gradient_flow` raises, such as a layer that is not there, and for a number of
+            examples that is not the batch size of stateful layers. If the model is not
+            built by then, at the end of the first epoch.
 
     Example:
 
@@ -214,10 +229,10 @@ class AdaptiveTruncation(MeasuringCallback):
     the bias says and does not say: `LayerFlow.truncation_bias`.
 
     Cost: `gradient_flow` of at most `examples` examples, with `loss_steps` single losses
-    followed back; the first time twice. An epoch that changes a window costs more:
-    `model.make_train_function(force=True)`, once for all layers, so that the next step is
-    traced and compiled anew, some seconds. Changes by a share of at most `slack` are
-    therefore not made.
+    followed back, and once more when training begins, so that what is wrong is said then.
+    An epoch that changes a window costs more: `model.make_train_function(force=True)`, once
+    for all layers, so that the next step is traced and compiled anew, some seconds. Changes
+    by a share of at most `slack` are therefore not made.
 
     Args:
         validation_batch: a tuple (x, y) or (x, y, sample_weight) of arrays, tensors or
@@ -234,12 +249,15 @@ class AdaptiveTruncation(MeasuringCallback):
         loss_steps: so many single losses are followed back, as in `gradient_flow`.
 
     Attributes:
-        flow: the last `GradientFlow`, without truncation; None before the first.
+        flow: the last `GradientFlow`, without truncation, but for that of the beginning;
+            None before the first.
 
     Raises:
-        ValueError: for arguments out of their range; at the end of the first epoch for a
-            layer with a `RandomizedTruncation`, which has no window, and for what
-            `gradient_flow` raises, such as a layer that is not there.
+        ValueError: for arguments out of their range; when training begins for a layer with
+            a `RandomizedTruncation`, which has no window, for what `gradient_flow` raises,
+            such as a layer that is not there, and for a number of examples that is not the
+            batch size of stateful layers. If the model is not built by then, at the end of
+            the first epoch.
 
     Example:
 
@@ -287,20 +305,26 @@ class AdaptiveTruncation(MeasuringCallback):
         self._given = {}
 
     def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
         self._layers, self._warned = {}, set()
+        super().on_train_begin(logs)
+
+    def _first_flow(self):
+        """With the windows that there are; it shows which layers there are."""
+        flow = self._flow_as_it_is()
+        for name, layer in flow.layers.items():
+            _check_window(name, layer)
+        self._layers = flow.layers
+        return flow
 
     def _flow(self):
         """Without windows: layers below see the losses through those of layers above."""
         if not self._layers:
-            self._layers = super()._flow().layers
-            for name, layer in self._layers.items():
-                _check_window(name, layer)
+            self._first_flow()
         windows = {layer: layer.truncation for layer in self._layers.values()}
         try:
             for layer in windows:
                 layer.truncation = None
-            return super()._flow()
+            return self._flow_as_it_is()
         finally:
             for layer, window in windows.items():
                 layer.truncation = window
@@ -367,30 +391,9 @@ def _check_window(name, layer):
         )
 
 
-def _first(batch, examples):
-    return tf.nest.map_structure(
-        lambda t: None if t is None else tf.convert_to_tensor(t[:examples]), batch
-    )
-
-
 def check_positive(name, value, meaning):
     if not positive_integer(value):
         raise ValueError(
             f"`{name}` must be a positive integer: {meaning}. Received: {name}={value!r}. "
             "Pass 1 or more."
         )
-
-
-def _check_batch(batch):
-    given = described(batch)
-    if isinstance(batch, tuple) and len(batch) in (2, 3):
-        leaves = [t for t in tf.nest.flatten(batch) if t is not None]
-        sizes = {t.shape[0] if getattr(t, "shape", ()) else None for t in leaves}
-        if len(sizes) == 1 and sizes.pop():
-            return
-        given = f"a tuple of {', '.join(dict.fromkeys(map(described, leaves)))}"
-    raise ValueError(
-        "`validation_batch` must be one batch, a tuple (x, y) or (x, y, sample_weight) of "
-        f"arrays or tensors with as many examples, at least one. Received: {given}. Pass "
-        "(x, y), of a dataset next(iter(dataset))."
-    )

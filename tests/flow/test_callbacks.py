@@ -551,8 +551,6 @@ def test_arguments_out_of_their_range(callback):
             words = f"`{name}` must be a positive.*Received: {name}="
             with pytest.raises(ValueError, match=words):
                 callback((X, Y), **{name: value})
-    with pytest.raises(ValueError, match="`layer` must be one.*Received: layer='gru'"):
-        epoch_of(callback((X, Y), layer="gru"), model_of(decaying(0.5)))
 
 
 @pytest.mark.parametrize("name", OF_WINDOWS)
@@ -562,13 +560,92 @@ def test_windows_that_cannot_be(name):
             AdaptiveTruncation((X, Y), **{name: value})
 
 
+def begins(callback, model):
+    callback.set_model(model)
+    callback.on_train_begin()
+
+
+@BOTH
+@without_graphs()
+def test_what_can_be_known_is_said_when_training_begins(callback):
+    """Not after an epoch, of a model that is built."""
+    for model, options, words in [
+        (model_of(decaying(0.5)), {"layer": "rn"}, "layer='rn'. Did you mean 'rnn'"),
+        (model_of(keras.layers.LSTM(2)), {}, "must call a BPTTRNN.*Measure a copy"),
+        (stateful(B - 1), {}, f"rnn keeps.* {B - 1} ex.*: {B} ex.*examples={B - 1}"),
+        (stateful(B), {"examples": 1}, f"keeps.* {B} examples.*Received: 1 examples"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            begins(callback((X, Y), **options), model)
+    with pytest.raises(ValueError, match="built for inputs with 2 features"):
+        begins(callback((X[..., :1], Y)), model_of(decaying(0.5)))
+
+
+def stateful(batch):
+    """A model whose layer keeps the states of so many examples."""
+    inputs, rnn = keras.Input(batch_shape=(batch, T, D)), decaying(0.5, stateful=True)
+    model = keras.Sequential([inputs, rnn, keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    return model
+
+
+@BOTH
+@without_graphs()
+def test_a_model_that_is_not_built_is_checked_after_the_first_epoch(callback):
+    model = keras.Sequential([decaying(0.5), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    measuring = callback((X, Y), layer="rn")
+    begins(measuring, model)
+    assert measuring.flow is None
+    model.build(X.shape)
+    with pytest.raises(ValueError, match="Did you mean 'rnn'"):
+        measuring.on_epoch_end(0, {})
+
+
+class Subclassed(keras.Model):
+    """What Keras takes for built when it has been called."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = decaying(0.5, stateful=True), keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.head(self.rnn(x))
+
+
+@without_graphs()
+def test_stateful_layers_of_any_model_say_how_many_examples_they_take():
+    model = Subclassed()
+    model.compile("sgd", "mse")
+    logger = GradientFlowLogger((X, Y), examples=1)
+    begins(logger, model)
+    model(X)
+    with pytest.raises(ValueError, match=f"rnn keeps.*Received: 1.*examples={B}"):
+        logger.on_epoch_end(0, {})
+
+
+@BOTH
+@without_graphs()
+def test_the_first_flow_is_there_when_training_begins(callback):
+    """It is logged for no epoch, and leaves windows as they are."""
+    rnn = decaying(0.5, 2)
+    model, measuring = model_of(rnn), callback((X, Y))
+    begins(measuring, model)
+    first = measuring.flow
+    assert first["rnn"].truncation == rnn.truncation == Truncation(2)
+    rnn.cell.recurrent_kernel.assign(0.25 * np.eye(H))
+    epoch_of(measuring, model, begin=False)
+    assert first["rnn"].factor == pytest.approx(0.5, rel=1e-5)
+    assert measuring.flow["rnn"].factor == pytest.approx(0.25, rel=1e-5)
+
+
 @without_graphs()
 def test_a_randomized_truncation_has_no_window():
     random = decaying(0.5, RandomizedTruncation(3), "random", return_sequences=True)
     rnn = decaying(0.5, 1)
     model = model_of(random, rnn)
     with pytest.raises(ValueError, match="no window.*Received: layer random, with Ra"):
-        epoch_of(AdaptiveTruncation((X, Y)), model)
+        begins(AdaptiveTruncation((X, Y)), model)
     assert rnn.truncation == Truncation(1), "all or none"
     assert epoch_of(AdaptiveTruncation((X, Y), layer="rnn"), model) == {"rnn_window": 5}
     assert random.truncation == RandomizedTruncation(3)
