@@ -3,6 +3,7 @@
 * `gradient_flow`: the function `gradient_flow`.
 * `layer_flow`, `model_flow`: what it returns, `LayerFlow` and `GradientFlow`.
 * `batch`: the one batch that callbacks measure.
+* `windows`: the bias of a truncation, estimated.
 * `quantities`: the numbers of it that callbacks log.
 * `tensorboard`: events of numbers and pictures, for the callbacks.
 """

@@ -10,6 +10,7 @@ import numpy as np
 from keras_bptt.flow import verdict
 from keras_bptt.flow.advice import advice
 from keras_bptt.flow.verdict import over_examples
+from keras_bptt.flow.windows import biases
 from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
 
 
@@ -273,8 +274,8 @@ class LayerFlow:
         """
         if steps >= self.timesteps:
             return 0.0
-        biases = self._biases(1 if self.last_step_only else stride)
-        return float(biases[min(steps, len(biases)) - 1])
+        found = self._biases(stride)
+        return float(found[min(steps, len(found)) - 1])
 
     def suggest_truncation(
         self, tolerance: float = 0.05, stride: int | None = 1
@@ -302,9 +303,12 @@ class LayerFlow:
             )
         if not self.finite:
             return None
-        biases = self._biases(1 if self.last_step_only else stride)
-        enough = np.flatnonzero(biases[:-1] <= tolerance)
+        enough = np.flatnonzero(self._biases(stride)[:-1] <= tolerance)
         return int(enough[0]) + 1 if len(enough) else None
+
+    def _biases(self, stride):
+        own = 1 if self.last_step_only else stride
+        return biases(self.untruncated_lag_shares, own)
 
     def summary(self) -> str:
         """The report for a terminal."""
@@ -328,34 +332,6 @@ class LayerFlow:
         kept |= {name: getattr(self, name) for name in derived.split()}
         kept["suggested_truncation"] = self.suggest_truncation()
         return {name: _plain(value) for name, value in kept.items()}
-
-    def _biases(self, stride):
-        """`truncation_bias` for windows of 1, 2, ... steps, up to the longest lag + 1."""
-        rest = np.append(self._rest()[1:], 0.0)  # at the end a window that holds all
-        sums = np.append(0.0, np.cumsum(rest))
-        k = np.arange(1, len(rest) + 1)
-        block = k if stride is None else np.minimum(k, stride)
-        return (sums[k] - sums[k - block]) / block
-
-    def _rest(self):
-        """The share of all that lies at lag k or beyond, for k = 0 ... the longest lag."""
-        shares = np.nan_to_num(
-            self.untruncated_lag_shares, nan=math.inf, posinf=math.inf
-        )
-        if not len(shares) or not np.all(np.isfinite(shares)):
-            return np.ones(max(len(shares), 1))
-        half = np.arange(len(shares) // 2, len(shares))
-        half = half[shares[half] > 0]
-        beyond = 0.0
-        if len(half) > 1:
-            slope = np.polyfit(half, np.log(shares[half]), 1)[0]
-            if slope >= 0:
-                return np.ones(len(shares))
-            if shares[-1] > 0:
-                decay = math.exp(slope)
-                beyond = shares[-1] * decay / (1 - decay)
-        rest = np.cumsum(shares[::-1])[::-1] + beyond
-        return rest / rest[0] if rest[0] > 0 else rest
 
 
 def check_tolerance(tolerance):
