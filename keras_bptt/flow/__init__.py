@@ -2,6 +2,7 @@
 
 * `gradient_flow`: the function `gradient_flow`.
 * `layer_flow`, `model_flow`: what it returns, `LayerFlow` and `GradientFlow`.
+* `plot`, `curves`: figures of it, and what they are drawn with.
 * `batch`: the one batch that callbacks measure.
 * `windows`: the bias of a truncation, estimated.
 * `quantities`: the numbers of it that callbacks log.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_bptt.flow import plot as drawing
 from keras_bptt.flow import verdict
 from keras_bptt.flow.advice import advice
 from keras_bptt.flow.verdict import over_examples
@@ -309,6 +310,19 @@ class LayerFlow:
     def _biases(self, stride):
         own = 1 if self.last_step_only else stride
         return biases(self.untruncated_lag_shares, own)
+
+    def plot(self, path=None, *, ax=None, tolerance: float = 0.05):
+        """Draw the three panels of `GradientFlow.plot`; in `ax` the first of them alone.
+
+        Args:
+            path: a file to save it in, or None.
+            ax: `matplotlib.axes.Axes` for the gradient against t; no figure is made then.
+            tolerance: of the window, as in `suggest_truncation`.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+        """
+        return drawing.of_layer(self, tolerance, path, ax)
 
     def summary(self) -> str:
         """The report for a terminal."""

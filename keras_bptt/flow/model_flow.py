@@ -7,13 +7,14 @@ import keras
 
 from keras_bptt.flow import plot as drawing
 from keras_bptt.flow.layer_flow import LayerFlow
+from keras_bptt.runtime.wording import described
 
 
 class GradientFlow(collections.abc.Mapping):
     """What `gradient_flow` returns: a `LayerFlow` for each layer, by the layer's name.
 
     In the order in which the model calls them. `print` shows the report, `plot` draws it,
-    `to_dict` is plain JSON.
+    `compare` draws it beside another one, `to_dict` is plain JSON.
 
     Attributes:
         layers: the layers themselves, by the same names.
@@ -61,22 +62,70 @@ class GradientFlow(collections.abc.Mapping):
         (flow,) = self.values()
         return flow.suggest_truncation(tolerance, stride)
 
-    def plot(self, tolerance: float = 0.05):
-        """Draw the flow: a row for each layer, with
+    def plot(self, path=None, *, tolerance: float = 0.05):
+        """Draw the flow: a row of three panels for each layer, with
 
-        * the mean of |dL/dh_t| and of |dL/dz_t| against t, and the band of the examples
-          between the quantiles 10 % and 90 %;
+        * the median of |dL/dh_t| against t, and the band of the examples between the
+          quantiles 10 % and 90 %; of several states |dL/ds_t| and each of them; and the
+          median of |dL/dz_t|;
         * how much of a loss reaches so many steps back, and the window suggested for that
           `tolerance`;
-        * the singular values of the recurrent kernel, beside 1 / max f'.
+        * of a plain RNN the singular values of U beside 1 / max f', of an LSTM and a GRU
+          the gates against t, of any other cell what each step multiplied the gradient by.
+
+        Where numbers are not finite the panel is shaded. Of more than 1000 steps or lags
+        medians of neighbours are drawn.
+
+        Args:
+            path: a file to save it in, or None.
+            tolerance: of the window, as in `suggest_truncation`.
 
         Returns:
-            The `matplotlib.figure.Figure`. `figure.savefig(...)` writes it.
+            The `matplotlib.figure.Figure`.
 
         Raises:
             ImportError: where matplotlib is not installed.
         """
-        return drawing.plot(self._flows, tolerance)
+        return drawing.of_model(self._flows, tolerance, path)
+
+    def compare(self, other, path=None, *, labels=("before", "after"), ax=None):
+        """Draw this flow and another one together: before and after training, say.
+
+        A row for each layer that both have, with the gradient against t, and how much of a
+        loss reaches so many steps back.
+
+        Args:
+            other: a `GradientFlow`.
+            path: a file to save it in, or None.
+            labels: a name for this flow and one for the other.
+            ax: `matplotlib.axes.Axes` for the gradient against t, of flows that have one
+                layer in common; no figure is made then.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ValueError: where no layer is in both, or with `ax` several are.
+            ImportError: where matplotlib is not installed.
+        """
+        if not isinstance(other, GradientFlow):
+            raise ValueError(
+                "`other` must be a GradientFlow, what gradient_flow returns. Received: "
+                f"{described(other)}. Pass gradient_flow(...)."
+            )
+        pairs = {name: (self[name], other[name]) for name in self if name in other}
+        if not pairs:
+            raise ValueError(
+                "Flows are compared layer by layer, by name, and no layer is in both. "
+                f"Received: a flow through {', '.join(self)} and one through "
+                f"{', '.join(other)}. Name the layers alike."
+            )
+        if ax is not None and len(pairs) > 1:
+            raise ValueError(
+                f"`ax` shows one layer. Received: flows that both have {', '.join(pairs)}. "
+                "Measure one, gradient_flow(..., layer=...), or leave `ax` out."
+            )
+        return drawing.compared(pairs, labels, path, ax)
 
     def summary(self) -> str:
         """The report for a terminal, a block of lines for each layer."""

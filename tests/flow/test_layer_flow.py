@@ -1,9 +1,8 @@
-"""What follows from the numbers of a layer: windows, verdicts, reports and figures."""
+"""What follows from the numbers of a layer: windows, verdicts and reports."""
 
 import dataclasses
 import json
 import math
-import sys
 
 import keras
 import numpy as np
@@ -321,37 +320,6 @@ def test_holes_of_a_mask_do_not_hide_the_steps_between():
     bars = [c for c in row if c in "▁▂▃▄▅▆▇█"]
     assert len(bars) == 20, "each real step; the holes alone are blank"
     assert bars == sorted(bars)
-
-
-def test_a_figure_has_its_curves():
-    """Of layers whose reports differ, one below the other."""
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn = ("vanishing", "broken", "not finite", "none", "masked")
-    figure = GradientFlow({name: FLOWS[name] for name in drawn}).plot()
-    figure.canvas.draw()
-    axes = figure.axes
-    assert len(axes) == 3 * len(drawn)
-    assert all(ax.get_xlabel() and ax.get_ylabel() and ax.get_legend() for ax in axes)
-    for name, over_time in zip(drawn, axes[::3], strict=True):
-        assert over_time.get_title("left").startswith(f"{name}: ")
-    assert axes[3].get_title("left") == "broken: not finite"
-    assert "window" not in axes[4].get_title("left")
-    flow, (over_time, by_lag, values) = FLOWS["vanishing"], axes[:3]
-    assert over_time.get_yscale() == by_lag.get_yscale() == "log"
-    np.testing.assert_allclose(over_time.lines[0].get_ydata(), flow.mean_adjoint)
-    np.testing.assert_allclose(by_lag.lines[0].get_ydata(), flow.untruncated_lag_shares)
-    assert by_lag.lines[-1].get_xdata()[0] + 1 == flow.suggest_truncation()
-    np.testing.assert_allclose(values.lines[0].get_ydata(), flow.singular_values)
-    plt.close(figure)
-
-
-def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'keras_bptt\[plot\]'.*summary"):
-        GradientFlow({"rnn": FLOWS["vanishing"]}).plot()
 
 
 def test_mean_and_quantiles_leave_masked_steps_out():
