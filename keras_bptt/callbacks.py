@@ -14,9 +14,6 @@ from keras_bptt.flow.layer_flow import check_tolerance, is_number
 from keras_bptt.flow.quantities import chosen, numbers_of
 from keras_bptt.truncation import RandomizedTruncation, Truncation, positive_integer
 
-# The decades of |dL/dh_t| between the ends of the colours.
-DECADES = (-8, 2)
-
 
 class MeasuringCallback(keras.callbacks.Callback):
     """Measures the gradient flow every so many epochs, and logs what is made of it."""
@@ -104,10 +101,12 @@ class GradientFlowLogger(MeasuringCallback):
     for the numbers of training, such as one for `adjoint_clipnorm`, measure as many
     `examples` as a batch of training has. No other quantity depends on it.
 
-    With `log_dir` TensorBoard shows the same under gradient_flow/{layer}/{quantity}, the
-    verdict in words, and |dL/dh_t| as a heat map: from left to right the steps, from top to
-    bottom the epochs measured, colours from 1e-8 (dark) to 1e2 (bright), means over the
-    examples and, of more than 256 steps or epochs, over neighbours. Masked steps are grey.
+    With `log_dir` TensorBoard (`tensorboard --logdir ...`) shows all quantities under
+    gradient_flow/{layer}/{quantity}, the verdict in words, and |dL/dh_t| as a heat map:
+    from left to right the steps, from top to bottom the epochs measured, colours from 1e-8
+    (dark) to 1e2 (bright), means over the examples and, of more than 256 steps or epochs,
+    over neighbours. Masked steps are grey. Where matplotlib is installed it has axes with
+    numbers and a bar of the colours; without it is the plain pixels.
 
     Cost: `gradient_flow` of at most `examples` examples, with `loss_steps` single losses
     followed back, whatever the length of the epoch; the heat map at most 256 x 256 cells.
@@ -198,14 +197,15 @@ class GradientFlowLogger(MeasuringCallback):
             tensorboard.text(f"{tag}/verdict", "\n\n".join(words), epoch)
             with np.errstate(divide="ignore"):
                 row = np.log10(tensorboard.fewer(flow.mean_adjoint))
-            rows = self._rows.setdefault(name, [])
+            epochs, rows = self._rows.setdefault(name, ([], []))
+            epochs.append(epoch)
             rows.append(row)
+            norm = f"|{flow.adjoint}|"
             tensorboard.image(
                 f"{tag}/adjoint_norms",
-                tensorboard.heat_map(np.stack(rows), *DECADES),
+                tensorboard.flow_map(np.stack(rows), epochs, flow.timesteps, norm),
                 epoch,
-                "Mean of |dL/dh_t|: steps from left to right, epochs from top to bottom, "
-                f"colours from 1e{DECADES[0]} (dark) to 1e{DECADES[1]} (bright).",
+                tensorboard.map_description(norm),
             )
 
 

@@ -1,7 +1,8 @@
-"""What TensorBoard shows, written by TensorFlow alone.
+"""What TensorBoard shows: curves, words and a map, written by TensorFlow.
 
 `tf.summary.scalar` and its like are TensorBoard's and need it installed; `tf.summary.write`
-does not. What it writes goes to the default writer.
+does not. What it writes goes to the default writer. The map has axes where matplotlib is
+installed.
 """
 
 import numpy as np
@@ -25,6 +26,7 @@ _COLOURS = np.array(
     float,
 )
 _MISSING = (128, 128, 128)
+DECADES = (-8, 2)  # between the ends of the colours
 MOST_CELLS = 256  # either way, and about as many pixels
 _HIGHEST_ROW = 16
 
@@ -44,6 +46,67 @@ def image(tag, pixels, step, description):
     height, width, _ = pixels.shape
     parts = [str(width), str(height), tf.io.encode_png(pixels)]
     _write(tag, tf.stack(parts), step, "images", "BLOB_SEQUENCE", description)
+
+
+def flow_map(logs, epochs, steps, norm):
+    """The pixels of norms by step and epoch, with axes and a bar of colours.
+
+    Without matplotlib the cells alone, and no words.
+
+    Args:
+        logs: the decimal logarithms (epochs, steps); of steps perhaps `fewer`.
+        epochs: their numbers.
+        steps: how many there are.
+        norm: what it is the norm of, in words.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return heat_map(logs, *DECADES)
+    # No pyplot, which would keep every figure, and may ask for a screen.
+    figure = Figure((8, 2.4 + 0.25 * min(len(epochs), 16)), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    _draw_map(figure, logs, epochs, steps, norm)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def map_description(norm):
+    """What a map shows, in words."""
+    low, high = DECADES
+    return (
+        f"Mean of {norm}: steps from left to right, epochs from top to bottom, colours "
+        f"from 1e{low} (dark) to 1e{high} (bright)."
+    )
+
+
+def _draw_map(figure, logs, epochs, steps, norm):
+    from matplotlib import colormaps
+
+    low, high = DECADES
+    axes = figure.subplots()
+    # Zero and infinity are at the ends; masked steps stay NaN.
+    cells = np.clip(fewer(logs), low, high)
+    image = axes.imshow(
+        cells,
+        colormaps["viridis"].with_extremes(bad=np.divide(_MISSING, 255)),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=low,
+        vmax=high,
+        extent=(0.5, steps + 0.5, len(epochs) - 0.5, -0.5),
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    rows = np.unique(np.linspace(0, len(epochs) - 1, 8).round().astype(int))
+    axes.set_yticks(rows, [str(epochs[row]) for row in rows])
+    masked = ", grey where masked" if np.isnan(cells).any() else ""
+    axes.set_xlabel(f"step t, in the order of processing{masked}")
+    axes.set_ylabel("epoch")
+    decades = np.arange(low, high + 1, 2)
+    bar = figure.colorbar(image, ax=axes, ticks=decades, extend="both")
+    bar.ax.set_yticklabels([f"1e{decade}" for decade in decades])
+    bar.set_label(f"mean of {norm}")
 
 
 def heat_map(table, low, high):

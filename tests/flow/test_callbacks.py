@@ -6,6 +6,7 @@ the last state the bias of k steps is q^k.
 """
 
 import dataclasses
+import sys
 
 import keras
 import numpy as np
@@ -275,8 +276,9 @@ def pixels_of(array):
     return pixels[0]
 
 
-def test_tensorboard_has_the_numbers_the_words_and_the_map(tmp_path):
+def test_tensorboard_has_the_numbers_the_words_and_the_map(tmp_path, monkeypatch):
     """Though another callback silences summaries, as Keras' own TensorBoard does."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
     rnn = decaying(0.5)
     options = {"every": 2, "log_dir": tmp_path / "logs", "quantities": "all"}
     logger = GradientFlowLogger((X, Y), **options)
@@ -312,6 +314,44 @@ def test_tensorboard_has_the_numbers_the_words_and_the_map(tmp_path):
     np.testing.assert_array_equal(second[:16], first)
     columns = second[:, ::cell].astype(int).sum(2)
     assert np.all(np.diff(columns[0]) > 0) and np.all(np.diff(columns[16]) == 0)
+
+
+def test_the_map_has_axes_where_matplotlib_is():
+    """A figure of the same cells, wider and higher than they are, and no open one."""
+    pytest.importorskip("matplotlib")
+    steps, epochs = 300, [0, 5, 10]
+    ramp = np.linspace(-9, 3, steps) + np.zeros((3, 1))
+    ramp[:, -20:], ramp[1, :20] = np.nan, -np.inf
+    pixels = tensorboard.flow_map(ramp, epochs, steps, "|dL/dh_t|")
+    height, width, channels = pixels.shape
+    assert channels == 3 and pixels.dtype == np.uint8
+    assert width == 800 and 200 < height < 400
+    cells = tensorboard.heat_map(ramp, *tensorboard.DECADES)
+    seen = set(map(tuple, pixels.reshape(-1, 3)))
+    ends = {(68, 1, 84), (253, 231, 37), (128, 128, 128)}
+    assert ends <= seen and ends <= set(map(tuple, cells.reshape(-1, 3)))
+    assert (255, 255, 255) in seen and (0, 0, 0) in seen, "the margin, and the words"
+    later = tensorboard.flow_map(ramp[:, :1], [7, 8, 9], 1, "|dL/ds_t|")
+    assert later.shape == pixels.shape
+    many = tensorboard.flow_map(np.zeros((1000, 4)), list(range(1000)), 4, "|dL/dh_t|")
+    assert many.shape[0] == 640, "rows get lower"
+
+
+def test_the_figure_of_the_map_is_what_is_written(tmp_path, given):
+    pytest.importorskip("matplotlib")
+    rnn = decaying(0.5)
+    given(0.5, rnn)
+    logger = GradientFlowLogger((X, Y), log_dir=tmp_path)
+    epoch_of(logger, keras.Sequential(), 3)
+    logger.on_train_end()
+    ((array, metadata),) = events_of(tmp_path)[
+        "gradient_flow/rnn/adjoint_norms"
+    ].values()
+    with np.errstate(divide="ignore"):
+        logs = np.log10(logger.flow["rnn"].mean_adjoint)
+    expected = tensorboard.flow_map(logs[None], [3], T, "|dL/dh_t|")
+    np.testing.assert_array_equal(pixels_of(array), expected)
+    assert "|dL/dh_t|" in metadata.summary_description
 
 
 def test_colours_of_the_map():
