@@ -113,6 +113,11 @@ class GradientFlow(collections.abc.Mapping):
                 "`other` must be a GradientFlow, what gradient_flow returns. Received: "
                 f"{described(other)}. Pass gradient_flow(...)."
             )
+        if len(labels) != 2:
+            raise ValueError(
+                "`labels` must be two names, one for each flow. Received: "
+                f"labels={labels!r}. Pass ('before', 'after')."
+            )
         pairs = {name: (self[name], other[name]) for name in self if name in other}
         if not pairs:
             raise ValueError(

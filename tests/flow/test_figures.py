@@ -291,6 +291,8 @@ def test_what_cannot_be_compared():
         one.compare(other)
     with pytest.raises(ValueError, match="`other` must be.*Received: LayerFlow"):
         one.compare(flow)
+    with pytest.raises(ValueError, match="`labels` must be two.*Received: labels=..a"):
+        one.compare(one, labels=["a"])
     with pytest.raises(ValueError, match="`ax` shows one layer. Received: .*a, b"):
         one.compare(one, ax=plt.subplots()[1])
 
