@@ -247,9 +247,20 @@ def test_drawn_second_order(drawn):
 
 
 @pytest.mark.slow
-@examples(2000)
-@given(configurations())
+@examples(1800)
+@given(configurations(modes=["plain", "graph", "unknown"]))
 def test_many_drawn(drawn):
+    check_drawn(drawn)
+
+
+@pytest.mark.slow
+@examples(200)
+@given(configurations(modes=["xla"]))
+def test_many_drawn_under_xla(drawn):
+    """As many as a process takes: what XLA compiles for a case keeps 170 maps of memory.
+
+    Linux has 65,530 maps for a process, which crashes then.
+    """
     check_drawn(drawn)
 
 
