@@ -14,7 +14,6 @@ draws them from that file, and trains nothing.
 
 import argparse
 import json
-import math
 import pathlib
 
 import keras
@@ -24,7 +23,7 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN, reference
+from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN, LSTMMemoryBias, reference
 
 # Of Okabe and Ito, whom colour-blind readers can follow.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#4D4D4D"
@@ -33,25 +32,12 @@ STEPS, UNITS, EPOCHS, RATE, MEASURED = 64, 64, 20, 3e-3, 128
 WHEN = {"before": "Untrained", "after": f"After {EPOCHS} epochs"}
 
 
-def biases_for(steps):
-    """An initializer of an LSTM's bias: gates i, f, g, o that hold c_t for so many steps.
-
-    The forget gates begin at 1 - 1/steps, the input gates at 1/steps.
-    """
-
-    def initializer(shape, dtype=None):
-        gate = tf.fill([shape[0] // 4], tf.cast(math.log(steps - 1), dtype))
-        return tf.concat([-gate, gate, 0 * gate, 0 * gate], axis=0)
-
-    return initializer
-
-
 LAYERS = {
     "plain RNN": lambda: BPTTRNN(UNITS),
     "LSTM": lambda: BPTTLSTM(UNITS),
     "GRU": lambda: BPTTGRU(UNITS),
     "LSTM, biases for 64 steps": lambda: BPTTLSTM(
-        UNITS, unit_forget_bias=False, bias_initializer=biases_for(STEPS)
+        UNITS, unit_forget_bias=False, bias_initializer=LSTMMemoryBias(STEPS)
     ),
 }
 

@@ -20,6 +20,8 @@ PARTS = {
         "BPTTRNN",
         "BPTTLSTM",
         "BPTTGRU",
+        "LSTMMemoryBias",
+        "GRUMemoryBias",
         "BPTT",
         "Truncation",
         "RandomizedTruncation",

@@ -9,6 +9,7 @@ from keras_bptt.layers.bptt import BPTT
 from keras_bptt.layers.bptt_gru import BPTTGRU
 from keras_bptt.layers.bptt_lstm import BPTTLSTM
 from keras_bptt.layers.bptt_rnn import BPTTRNN
+from keras_bptt.layers.memory_bias import GRUMemoryBias, LSTMMemoryBias
 from keras_bptt.truncation import RandomizedTruncation, Truncation
 
 __version__ = "0.1.0"
@@ -19,8 +20,10 @@ __all__ = [
     "BPTTGRU",
     "BPTTLSTM",
     "BPTTRNN",
+    "GRUMemoryBias",
     "GradientFlow",
     "GradientFlowLogger",
+    "LSTMMemoryBias",
     "LayerFlow",
     "RandomizedTruncation",
     "Truncation",

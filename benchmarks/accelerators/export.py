@@ -1,4 +1,4 @@
-"""Export training steps of BPTTRNN as StableHLO: programs that any XLA device compiles.
+"""Export training steps of each layer as StableHLO: programs that any XLA device compiles.
 
     python benchmarks/accelerators/export.py build/accelerators
     python benchmarks/accelerators/export.py build/accelerators --quick

@@ -27,7 +27,7 @@ def tables(results):
 def programs(entries):
     """A row for each that was run: how far it is from TensorFlow, and how sequential."""
     lines = [
-        "| BPTTRNN(...) | largest difference | steps one after the other |",
+        "| layer | largest difference | steps one after the other |",
         "|---|---|---|",
     ]
     for entry in entries:
@@ -41,7 +41,7 @@ def memory(entries):
     """A row for each that was compiled alone: what it takes beside what it is given."""
     devices = list(entries[0]["devices"])
     lines = [
-        "| (B, T, D, H) | BPTTRNN(...) | steps one after the other | "
+        "| (B, T, D, H) | layer | steps one after the other | "
         + " | ".join(f"{device}, MB" for device in devices)
         + " |",
         "|---|---|---|" + "---|" * len(devices),

@@ -5,6 +5,7 @@
   cell; `compiled_step`: that of LSTM and GRU.
 * `bptt`: the layer `BPTT`, around any cell; `steps`: how it calls that cell.
 * `explicit_loop`: what all have in common, a loop over time that is the engine's.
+* `memory_bias`: initializers by which gates hold a state for so many steps.
 * `observing`: who else wants to see what a layer asks of the engine.
 """
 

@@ -8,6 +8,7 @@ from keras_bptt.cells.lstm import LSTM
 from keras_bptt.layers import arguments
 from keras_bptt.layers.compiled_step import compiled_step
 from keras_bptt.layers.explicit_loop import ExplicitLoop, signature_of
+from keras_bptt.layers.memory_bias import check_memory_bias
 from keras_bptt.layers.own_step import OwnStep
 
 
@@ -121,6 +122,7 @@ class BPTTLSTM(OwnStep, ExplicitLoop, keras.layers.LSTM):
             keras.layers.LSTM, units, *args, **kwargs
         )
         super().__init__(*args, **kwargs)
+        check_memory_bias(self.cell)
 
     __init__.__signature__ = signature_of(keras.layers.LSTM)
 

@@ -5,6 +5,7 @@ import json
 import re
 
 import comparison
+import configurations
 import export
 import hlo
 import keras
@@ -14,7 +15,7 @@ import table
 import tensorflow as tf
 import translation
 from export import CONFIGURATIONS, QUICK
-from helpers import FLOAT32, B, D, H, T, relative_error, without_graphs
+from helpers import FLOAT32, B, D, H, T, few, relative_error, without_graphs
 from packaging.version import Version
 
 from keras_bptt import BPTTRNN, RandomizedTruncation
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def configuration(masked=False, **options):
-    return type(CONFIGURATIONS[0])("step", (B, T, D, H), options, masked)
+def configuration(masked=False, kind="BPTTRNN", **options):
+    return type(CONFIGURATIONS[0])("step", (B, T, D, H), options, masked, kind=kind)
 
 
 def exported(folder, **options):
@@ -40,9 +41,14 @@ def products(program):
     return set(re.findall(r"precision = \[(\w+), (\w+)\]", program))
 
 
-def test_the_program_is_the_training_step(tmp_path):
+@pytest.mark.parametrize(
+    "kind",
+    few([(kind,) for kind in configurations.LAYERS], lambda kind: kind != "BPTTGRU"),
+)
+def test_the_program_is_the_training_step(kind, tmp_path):
     """As many arguments as it is told to have; numbers of the layer without all this."""
     options = {"output_units": 2, "return_sequences": True, "checkpoint_every": "sqrt"}
+    options["kind"] = kind
     entry, program, data = exported(tmp_path, masked=True, **options)
     main = next(line for line in program.splitlines() if "@main(" in line)
     assert main.partition("->")[0].count("%arg") == len(entry["arguments"])
@@ -221,6 +227,7 @@ def test_configurations_cover_every_option_of_the_gradient():
     layers = BPTTRNN, keras.layers.SimpleRNN
     own, theirs = (set(inspect.signature(layer).parameters) for layer in layers)
     assert own - theirs - {"jit_compile"} < run
+    assert {c.kind for c in CONFIGURATIONS if c.run} == set(configurations.LAYERS)
     chosen = [c for c in CONFIGURATIONS if c.name in QUICK]
     assert any(c.run for c in chosen) and not all(c.fits for c in chosen)
 
