@@ -37,6 +37,11 @@ KEY_LINES = {
     ],
     "draw_digits.py": ["The nearest neighbour recognises", "bits per test digit"],
     "flowers.py": ["The norm of dL/dU is 0.0", "accuracy, five-fold", "nearest mean"],
+    "follow_the_advice.py": [
+        "small gain: lag 20, 21 steps",
+        "- recurrent_initializer='orthogonal' (or the identity, with relu",
+        "advised  healthy",
+    ],
     "long_sequences.py": [
         "relative difference of the gradients",
         "2. Two sweeps over 4 pieces of 100 steps",
