@@ -26,38 +26,17 @@ import basics
 import keras
 import numpy as np
 
-from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN, convert, gradient_flow
+from keras_bptt import (
+    BPTTGRU,
+    BPTTLSTM,
+    BPTTRNN,
+    GRUMemoryBias,
+    LSTMMemoryBias,
+    convert,
+    gradient_flow,
+)
 
 KEYS = 8
-
-
-@keras.saving.register_keras_serializable("advice")
-class MemoryOf(keras.initializers.Initializer):
-    """Biases by which the units of an LSTM or a GRU hold their states for so many steps.
-
-    Forget gates (of a GRU update gates) start at 1 - 1 / steps, input gates at 1 / steps.
-    With a seed the units get memories of 2 ... steps, drawn at random (Tallec & Ollivier
-    2018).
-    """
-
-    def __init__(self, steps, seed=None):
-        self.steps, self.seed = steps, seed
-
-    def __call__(self, shape, dtype=None):
-        lstm = len(shape) == 1  # a GRU has two rows, (z, r, h) each
-        units = shape[-1] // (4 if lstm else 3)
-        memory = np.full(units, self.steps)
-        if self.seed is not None:
-            memory = np.random.default_rng(self.seed).uniform(2, self.steps, units)
-        gate, bias = np.log(memory - 1), np.zeros(shape)
-        if lstm:
-            bias[:units], bias[units : 2 * units] = -gate, gate
-        else:
-            bias[0, :units] = gate
-        return keras.ops.convert_to_tensor(bias, dtype)
-
-    def get_config(self):
-        return {"steps": self.steps, "seed": self.seed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +45,6 @@ class At:
 
     units: int
     steps: int
-    seed: int
 
 
 def orthogonal(gain):
@@ -88,27 +66,24 @@ def rnn(gain=None, inputs=None, **options):
     return make
 
 
-def lstm(memory=None, random=False, gain=None, **options):
+def lstm(memory=None, gain=None, **options):
     """`memory`: of the gates, as a multiple of the sequence."""
 
     def make(at):
         biases = orthogonal(gain)
         if memory is not None:
-            steps = max(3, round(memory * at.steps))
-            start = MemoryOf(steps, at.seed if random else None)
+            start = LSTMMemoryBias(memory * at.steps)
             biases |= {"unit_forget_bias": False, "bias_initializer": start}
         return BPTTLSTM(at.units, name="layer", **biases, **options)
 
     return make
 
 
-def gru(memory=None, random=False, **options):
+def gru(memory=None, **options):
     def make(at):
         biases = {}
         if memory is not None:
-            steps = max(3, round(memory * at.steps))
-            start = MemoryOf(steps, at.seed if random else None)
-            biases = {"bias_initializer": start}
+            biases = {"bias_initializer": GRUMemoryBias(memory * at.steps)}
         return BPTTGRU(at.units, name="layer", **biases, **options)
 
     return make
@@ -148,10 +123,10 @@ def converted(words, **options):
     return Way(words, change=lambda model, flow: convert(model, **options))
 
 
+LSTM_MEMORY, GRU_MEMORY = "LSTMMemoryBias", "GRUMemoryBias"
 UNCUT = {"truncation": None}
 GROWTH = "adjoint_max_growth=1"
 ORTHOGONAL = "recurrent_initializer='orthogonal'"
-GATES = "a layer with gates"
 IDENTITY = rnn(activation="relu", recurrent_initializer="identity")
 EXPLODING = rnn(gain=2.0)
 WINDOW = rnn(gain=2.0, truncation=20)
@@ -162,7 +137,7 @@ FAULTS = [
         rnn(gain=0.5),
         {
             "orthogonal": Way(ORTHOGONAL, rnn()),
-            "relu and the identity": Way("the identity, with relu", IDENTITY),
+            "relu and the identity": Way(None, IDENTITY),
         },
     ),
     Fault(
@@ -170,8 +145,8 @@ FAULTS = [
         20,
         rnn(activation="sigmoid"),
         {
-            "tanh": Way("tanh or relu", rnn()),
-            "relu": Way("tanh or relu", rnn(activation="relu")),
+            "tanh": Way("activation='tanh'", rnn()),
+            "relu": Way(None, rnn(activation="relu")),
         },
     ),
     Fault(
@@ -196,7 +171,7 @@ FAULTS = [
             bias_initializer=keras.initializers.Constant(-1.0),
         ),
         {
-            "a learning rate of a tenth": Way("a smaller learning rate", rate=0.1),
+            "a learning rate of a tenth": Way(None, rate=0.1),
             "biases of 0": Way("a larger bias", IDENTITY),
         },
     ),
@@ -207,7 +182,7 @@ FAULTS = [
         {
             "a learning rate of a 30th": Way("a smaller learning rate", rate=1 / 30),
             "biases of 0.5": Way(
-                "a larger bias",
+                None,
                 rnn(
                     activation="relu",
                     recurrent_initializer="identity",
@@ -223,12 +198,14 @@ FAULTS = [
         40,
         rnn(),
         {
-            "relu and the identity": Way("relu and the identity", IDENTITY),
-            "the same, a third of the rate": Way(None, IDENTITY, rate=1 / 3),
-            "BPTTLSTM, default biases": Way(GATES, lstm()),
-            "BPTTGRU, default biases": Way(GATES, gru()),
-            "BPTTLSTM, biases for the sequence": Way(None, lstm(1)),
-            "BPTTGRU, biases for the sequence": Way(None, gru(1)),
+            "relu and the identity": Way(None, IDENTITY),
+            "the same, a third of the rate": Way(
+                "activation='relu'", IDENTITY, rate=1 / 3
+            ),
+            "BPTTLSTM, default biases": Way(None, lstm()),
+            "BPTTGRU, default biases": Way(None, gru()),
+            "BPTTLSTM, biases for the sequence": Way(LSTM_MEMORY, lstm(1)),
+            "BPTTGRU, biases for the sequence": Way(GRU_MEMORY, gru(1)),
         },
     ),
     Fault(
@@ -236,8 +213,7 @@ FAULTS = [
         40,
         lstm(),
         {
-            "biases for the sequence": Way(None, lstm(1)),
-            "the same at random, 2 ... steps": Way(None, lstm(1, random=True)),
+            "biases for the sequence": Way(LSTM_MEMORY, lstm(1)),
             "biases for a quarter of it": Way(None, lstm(0.25)),
             "biases for four times as many": Way(None, lstm(4)),
         },
@@ -247,15 +223,16 @@ FAULTS = [
         40,
         gru(),
         {
-            "biases for the sequence": Way(None, gru(1)),
-            "the same at random, 2 ... steps": Way(None, gru(1, random=True)),
+            "biases for the sequence": Way(GRU_MEMORY, gru(1)),
+            "biases for a quarter of it": Way(None, gru(0.25)),
+            "biases for four times as many": Way(None, gru(4)),
         },
     ),
     Fault(
         "LSTM, the key is near",
         3,
         lstm(),
-        {"biases for the sequence": Way(None, lstm(1))},
+        {"biases for the sequence": Way(LSTM_MEMORY, lstm(1))},
         steps=41,
     ),
     Fault(
@@ -306,10 +283,20 @@ FAULTS = [
         40,
         rnn(activation="relu", gain=2.2),
         {
-            "orthogonal": Way(ORTHOGONAL, rnn(activation="relu")),
-            "the identity": Way(None, IDENTITY),
-            "tanh": Way("'tanh'", rnn(gain=2.2)),
-            "a third of the rate": Way("a smaller learning rate", rate=1 / 3),
+            "the identity": Way("'identity'", IDENTITY),
+            "orthogonal": Way(None, rnn(activation="relu")),
+            "tanh": Way(None, rnn(gain=2.2)),
+            "tanh, orthogonal": Way(None, rnn()),
+            "a third of the rate": Way(None, rate=1 / 3),
+        },
+    ),
+    Fault(
+        "exploding states, linear",
+        40,
+        rnn(activation="linear", gain=2.2),
+        {
+            "orthogonal": Way(ORTHOGONAL, rnn(activation="linear")),
+            "tanh, orthogonal": Way("activation='tanh'", rnn()),
         },
     ),
     Fault(
@@ -347,7 +334,7 @@ def sequences(seed, count, fault, scale):
 def build_model(fault, way, seed, args):
     keras.utils.set_random_seed(seed)
     steps = fault.steps or fault.lag + 1
-    layer = (way.layer or fault.layer)(At(args.units, steps, seed))
+    layer = (way.layer or fault.layer)(At(args.units, steps))
     input_layer, output_layer = keras.Input((steps, 2 * KEYS)), keras.layers.Dense(KEYS)
     model = keras.Sequential([input_layer, layer, output_layer])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

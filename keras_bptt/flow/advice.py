@@ -1,4 +1,8 @@
-"""What is likely to help the gradient flow of a layer, by its verdict."""
+"""What is likely to help the gradient flow of a layer, by its verdict.
+
+Every item was tried: `examples/follow_the_advice.py` trains networks that have the fault,
+as they are and as the item says, and `docs/gradient_flow.md` has the scores.
+"""
 
 import numpy as np
 
@@ -7,29 +11,35 @@ from keras_bptt.truncation import Truncation
 
 # What share of saturated or dead units is worth a word.
 MANY = 0.3
+# What puts a memory of n steps into the gate that holds a state.
+_MEMORY = {
+    "forget gate": "unit_forget_bias=False, bias_initializer=LSTMMemoryBias({})",
+    "update gate": "bias_initializer=GRUMemoryBias({})",
+}
 
 
 def advice(flow):
     """Items, the most likely to help first; none where numbers are not finite."""
-    free, found = free_kind(flow), []
-    if kind(flow) == "truncated":
-        found += (
-            _of_explosion_in_window(flow) if free == "exploding" else _of_window(flow)
-        )
-    if free == "exploding states":
-        found += _of_states(flow)
-    elif free == "exploding":
-        found += _of_explosion(flow)
-    elif free == "vanishing":
-        found += _of_vanishing(flow)
-    return found
+    free = free_kind(flow)
+    truncated = kind(flow) == "truncated"
+    if free == "exploding" and truncated:
+        return _of_explosion_in_window(flow)
+    found = _of_window(flow) if truncated else []
+    of_kind = {
+        "exploding states": _of_states,
+        "exploding": _of_explosion,
+        "vanishing": _of_vanishing,
+    }
+    return found + of_kind[free](flow) if free in of_kind else found
 
 
 def _of_explosion_in_window(flow):
-    return [
+    """Within the window U is what counts: the window keeps the rest of it away."""
+    keep = (
         f"keep the window of {flow.truncation.steps} steps: the gradient from beyond it "
         "explodes, and a longer window takes in more of it"
-    ]
+    )
+    return [keep, *_of_singular_values(flow), *_of_growth(flow)]
 
 
 def _of_window(flow):
@@ -37,9 +47,10 @@ def _of_window(flow):
     k = flow.suggest_truncation(stride=own.stride if own.stride < own.steps else None)
     if k is not None and k <= own.steps:
         return [f"the window is long enough: {k} steps keep the bias within 5 %"]
+    more = "; truncation=None where what a task needs lies farther back"
     if k is not None:
         longer = Truncation(k, own.stride if own.stride < own.steps else None)
-        return [f"truncation={longer} keeps the bias within 5 %"]
+        return [f"truncation={longer} keeps the bias within 5 %{more}"]
     k = flow.suggest_truncation()
     if k is not None:
         return [
@@ -59,17 +70,23 @@ def _policy(flow, k):
 
 
 def _of_states(flow):
+    """Of a plain RNN; nothing was found that helps another one."""
+    if flow.activation == "relu":
+        return [
+            "recurrent_initializer='identity', the start of a relu network that neither "
+            f"grows nor shrinks: {_largest(flow)}"
+        ]
     found = _of_singular_values(flow)
     if flow.singular_values is not None and flow.activation != "tanh":
         found.append(
-            f"activation='tanh', whose states stay within 1, in the place of "
-            f"{flow.activation}"
+            "activation='tanh', whose states stay within 1, in the place of "
+            f"{flow.activation}; with recurrent_initializer='orthogonal'"
         )
-    found.append(
-        "where training has let U grow: a smaller learning rate, or a "
-        "recurrent_regularizer or recurrent_constraint"
-    )
     return found
+
+
+def _largest(flow):
+    return f"the largest singular value of U is {flow.sigma_max:.3g}"
 
 
 def _of_singular_values(flow):
@@ -82,46 +99,43 @@ def _of_singular_values(flow):
 
 
 def _of_explosion(flow):
-    found = _of_singular_values(flow)
-    if not flow.clipped:
-        most = np.max(
-            np.nan_to_num(flow.untruncated_lag_shares, nan=np.inf, posinf=np.inf),
-            initial=0.0,
-        )
-        grows = (
-            f"grows to {most:.2g} times"
-            if np.isfinite(most)
-            else "grows without end from"
-        )
-        found.append(
-            f"adjoint_max_growth=1: |{flow.adjoint}| {grows} what a loss has sent; then it "
-            "is no larger than what all losses have sent, whatever the size of the batch"
-        )
-    if flow.max_slope is not None and flow.max_slope > 1:
-        found.append(
-            f"tanh or relu, whose f' is at most 1: here it reaches {flow.max_slope:.3g}"
-        )
-    return found
+    return _of_growth(flow) + _of_singular_values(flow)
+
+
+def _of_growth(flow):
+    if flow.clipped:
+        return []
+    most = np.max(
+        np.nan_to_num(flow.untruncated_lag_shares, nan=np.inf, posinf=np.inf),
+        initial=0.0,
+    )
+    grows = "grows without end from"
+    if np.isfinite(most):
+        grows = f"grows to {most:.2g} times"
+    return [
+        f"adjoint_max_growth=1: |{flow.adjoint}| {grows} what a loss has sent; then it is "
+        "no larger than what all losses have sent, whatever the size of the batch"
+    ]
 
 
 def _of_vanishing(flow):
+    if flow.gates:
+        return _of_memory(flow)
     if flow.singular_values is None:
         return []
     found, bound = [], flow.bound
     if flow.max_slope is not None and flow.max_slope < 1:
         found.append(
-            f"tanh or relu, whose f' reaches 1: here at most {flow.max_slope:.3g}"
+            f"activation='tanh', whose f' reaches 1: here at most {flow.max_slope:.3g}"
         )
     if bound is not None and bound < 1 and flow.max_slope >= 1:
         found.append(
-            "recurrent_initializer='orthogonal' (or the identity, with relu: Le et al. "
-            f"2015): sigma_max(U) max f' = {bound:.3g} is below 1, so the gradient "
-            "vanishes whatever the inputs are"
+            f"{_start(flow)}: sigma_max(U) max f' = {bound:.3g} is below 1, so the "
+            "gradient vanishes whatever the inputs are"
         )
     elif flow.spectral_radius < 0.9:
         found.append(
-            "recurrent_initializer='orthogonal': the spectral radius of U is "
-            f"{flow.spectral_radius:.3g}"
+            f"{_start(flow)}: the spectral radius of U is {flow.spectral_radius:.3g}"
         )
     saturated = share_of(flow.saturated)
     if saturated is not None and saturated > MANY:
@@ -131,10 +145,37 @@ def _of_vanishing(flow):
         )
     if flow.dead is not None and flow.dead > MANY:
         found.append(
-            f"a smaller learning rate or a larger bias: {percent(flow.dead)} of the "
-            "units are 0 at every step"
+            "a larger bias or, where they died in training, to train anew at a smaller "
+            f"learning rate: {percent(flow.dead)} of the units are 0 at every step"
         )
-    return found or [
-        "if the far past matters: relu and the identity for U, shorter sequences, or a "
-        "layer with gates (LSTM, GRU); U itself is not what makes the gradient small"
+    return found or _of_another_layer(flow)
+
+
+def _start(flow):
+    """Of a kernel that is too small."""
+    start = "identity" if flow.activation == "relu" else "orthogonal"
+    return f"recurrent_initializer='{start}'"
+
+
+def _of_another_layer(flow):
+    """U is not what makes the gradient small. Default gates would make it smaller."""
+    lstm, gru = (words.format(flow.timesteps) for words in _MEMORY.values())
+    return [
+        "if what lies far back matters: a layer with gates that hold a state for as long, "
+        f"BPTTLSTM(..., {lstm}) or BPTTGRU(..., {gru}). With their default biases they "
+        "hold it for 4 and 2 steps",
+        "or activation='relu' with recurrent_initializer='identity' and a smaller learning "
+        "rate",
+    ]
+
+
+def _of_memory(flow):
+    """Of a gate that holds a state for fewer steps than there are."""
+    name, gate = next((n, g) for n, g in flow.gates.items() if g.holds)
+    memory = np.median(gate.memory)
+    if not memory < flow.timesteps / 2:
+        return []
+    return [
+        f"if what lies far back matters: {_MEMORY[name].format(flow.timesteps)}. The "
+        f"{name} holds a state for {memory:.3g} of {flow.timesteps} steps"
     ]

@@ -85,7 +85,10 @@ class LayerFlow:
         untruncated_lag_shares: that of all states without truncation and clipping of this
             layer. What layers above it send is as they send it, truncated where they are.
         last_step_only: whether the loss reads the last state alone.
-        gates: of an LSTM and a GRU each `Gate`, by name.
+        gates: of an LSTM and a GRU each gate, by name. A gate has its `mean` for each step
+            and `of_unit` for each unit, the share of its units that is `saturated` for each
+            step, whether it `holds` the state of the step before, and its `memory`: for how
+            many steps it would hold each unit, 1 / (1 - its mean).
         singular_values: of the plain RNN's U, the recurrent kernel, the largest first. None
             of another cell; so are the next two.
         spectral_radius: the largest absolute value of U's eigenvalues.

@@ -17,6 +17,7 @@ from keras_bptt import (
     Truncation,
     gradient_flow,
 )
+from keras_bptt.flow.layer_flow import Gate
 
 T, UNITS = 40, 6
 
@@ -183,16 +184,46 @@ def test_advice_names_the_cause():
     most = exploding.untruncated_lag_shares.max()
     assert (
         f"adjoint_max_growth=1: |dL/dh_t| grows to {most:.2g} times"
-        in (exploding.advice[1])
+        in (exploding.advice[0])
     )
-    assert "orthogonal" in exploding.advice[0] and "1.2" in exploding.advice[0]
+    assert "orthogonal" in exploding.advice[1] and "1.2" in exploding.advice[1]
     clipped = flow_of(decay(1.5), adjoint_clipnorm=1.0)
     assert not any("adjoint_max_growth" in item for item in clipped.advice)
     short = flow_of(decay(1.5), truncation=Truncation(5))
     assert short.verdict == "truncated"
     assert "keep the window of 5 steps" in short.advice[0]
+    assert "orthogonal" in short.advice[1] and "max_growth" in short.advice[2]
     assert not any("truncation=None" in item for item in short.advice)
     assert not flow_of(decay(0.95)).advice  # healthy
+    relu = {"activation": "relu", "state_norms": np.full((5, T), 1e9)}
+    states = flow_of(decay(1.5), **relu, state_growth=1e5)
+    assert "recurrent_initializer='identity'" in states.advice[0]
+    small = flow_of(vanishing, spectral_radius=0.5, **relu)
+    assert "recurrent_initializer='identity'" in small.advice[0]
+
+
+def test_advice_for_gates_is_a_memory():
+    """Where they hold a state for less than half of the steps."""
+
+    def of(memory, gate="forget gate", **given):
+        gates = {
+            "reset gate": Gate(np.full(T, 0.5), np.full(UNITS, 0.5)),
+            gate: Gate(np.full(T, 0.7), np.full(UNITS, 1 - 1 / memory), holds=True),
+        }
+        fields = {"gates": gates, "layer": "BPTTLSTM"}
+        fields |= dict.fromkeys(("singular_values", "spectral_radius", "max_slope"))
+        return flow_of(decay(0.5), **fields | given)
+
+    (item,) = of(4).advice
+    assert "unit_forget_bias=False, bias_initializer=LSTMMemoryBias(40)" in item
+    assert "forget gate holds a state for 4 of 40 steps" in item
+    (item,) = of(2, "update gate").advice
+    assert "bias_initializer=GRUMemoryBias(40)" in item and "unit_forget" not in item
+    assert not of(30).advice
+    # Of a plain RNN whose U is not the cause.
+    lstm, relu = flow_of(decay(0.5)).advice
+    assert "LSTMMemoryBias(40)" in lstm and "GRUMemoryBias(40)" in lstm
+    assert "activation='relu' with recurrent_initializer='identity'" in relu
 
 
 # --- units that let nothing through
