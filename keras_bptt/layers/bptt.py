@@ -66,6 +66,8 @@ class BPTT(ExplicitLoop, keras.layers.RNN):
             the way back, and not compiled. A
             `tf.custom_gradient` in it counts; where it is another gradient than that of
             what is computed, derivatives of second order raise NotImplementedError.
+            Several cells are one step and one loop. A layer for each cell is faster: it
+            multiplies the inputs of all steps at once.
         **kwargs: Every other argument of `keras.layers.RNN`, with the same place, meaning
             and default: `return_sequences`, `return_state`, `go_backwards`, `stateful`,
             `zero_output_for_mask`, `name`, `dtype`. And `unroll`, which may also be a
