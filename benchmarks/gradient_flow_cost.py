@@ -1,14 +1,19 @@
-"""What `GradientFlowLogger` adds to an epoch of `fit`.
+"""What `GradientFlowLogger` adds to an epoch of `fit`, and what one report costs.
 
     python benchmarks/gradient_flow_cost.py
+    python benchmarks/gradient_flow_cost.py --report    # one report of long sequences alone
 
 One training of each model, whose gradient flow is measured after every second epoch. Two
 ratios, medians: of these epochs with and without their end, where it is measured, which a
 busy machine disturbs little; and of these epochs and the others, which would show it if the
 measurement slowed down what follows. The first two, which trace and compile, are left out.
+
+And one report of sequences of 20,000 steps beside a training step of the same examples, in
+turn: its time in training steps, for each loss that is followed back.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -17,9 +22,10 @@ import time
 import keras
 from contestants import Case, problem
 
-from keras_bptt import BPTTRNN, GradientFlowLogger
+from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN, GradientFlowLogger, gradient_flow
 
 SHAPE = (32, 100, 16, 64)
+LONG, LOSSES = (8, 20_000, 16, 64), 4
 
 
 class Clock(keras.callbacks.Callback):
@@ -62,6 +68,32 @@ def measure(case, steps=100, pairs=12, **options):
     }
 
 
+def report(layer_class, rounds=3):
+    """The seconds of a report and of a training step, in turn; the first of each apart."""
+    batch, steps, features, units = LONG
+    layer = layer_class(units, return_sequences=True)
+    model = keras.Sequential(
+        [keras.Input((steps, features)), layer, keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    data = problem(Case(*LONG, True))
+    x, y = data["x"], data["y"][..., :1]
+
+    def seconds(function):
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+
+    taken = {"report": [], "step": []}
+    for _ in range(rounds + 1):
+        measured = functools.partial(gradient_flow, model, x, y, loss_steps=LOSSES)
+        taken["report"].append(seconds(measured))
+        taken["step"].append(seconds(lambda: model.train_on_batch(x, y)))
+    medians = {name: statistics.median(times[1:]) for name, times in taken.items()}
+    ratio = medians["report"] / medians["step"] / LOSSES
+    return {"layer": layer_class.__name__, "steps per loss": ratio, "seconds": taken}
+
+
 def table(results):
     lines = ["| (B, T, D, H) | of the same epochs | of others |", "|---|---|---|"]
     for result in results:
@@ -78,7 +110,13 @@ def main():
         "--examples", type=int, help="of the logger, if not its default"
     )
     parser.add_argument("--json", type=pathlib.Path, help="write all numbers here")
+    parser.add_argument("--report", action="store_true", help="the long report alone")
     args = parser.parse_args()
+    if args.report:
+        for layer_class in BPTTRNN, BPTTLSTM, BPTTGRU:
+            found = report(layer_class)
+            print(f"{found['layer']:<10}{found['steps per loss']:.2f} steps a loss")
+        return
     options = {"examples": args.examples} if args.examples else {}
     results = [
         measure(Case(*SHAPE, sequences), args.steps, args.pairs, **options)
