@@ -6,6 +6,8 @@ come from `make examples` and `make bench`, and from
     python examples/memory_span.py --output-dir docs/truncation
     python examples/vanishing_and_exploding.py --output-dir docs/gradient_flow
     python examples/own_cell.py --output-dir docs/own_cells
+    python examples/follow_the_advice.py --output-dir docs/gradient_flow
+    python benchmarks/verdicts.py --json docs/gradient_flow/verdicts.json
     python docs/draw_gated.py
 """
 
@@ -19,6 +21,7 @@ import draw_architecture
 import draw_bptt
 import draw_gated
 import draw_readme
+import numpy as np
 import write_api
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,6 +106,33 @@ def table_of_own_cells():
     return "\n".join(rows)
 
 
+def table_of_advice():
+    """What networks with a fault learn as they are, and by each way to help them."""
+    rows = ["| network | lag | changed | advised | right |", "|---" * 5 + "|"]
+    for fault in results("docs/gradient_flow/follow_the_advice")["faults"]:
+        name, lag = fault["name"], fault["lag"]
+        for row in fault["rows"]:
+            low, middle, high = np.quantile(row["scores"], [0, 0.5, 1])
+            way = "" if row["way"] == "as it is" else row["way"]
+            advised = "yes" if row["advised"] else ""
+            rows.append(
+                f"| {name} | {lag} | {way} | {advised} | "
+                f"{middle:.2f} ({low:.2f} ... {high:.2f}) |"
+            )
+            name = lag = ""
+    return "\n".join(rows)
+
+
+def table_of_verdicts():
+    """How many of the networks with a verdict learned."""
+    found = results("docs/gradient_flow/verdicts")["by verdict"]
+    rows = ["| verdict | before training | after a tenth of it |", "|---" * 3 + "|"]
+    for verdict in "healthy", "vanishing", "exploding":
+        cells = ["{} of {}".format(*of[verdict]) for of in found.values()]
+        rows.append(f"| {verdict} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def main(folder=ROOT):
     """Writes into `folder` as if it were the repository."""
     for path in sorted({path.parent for path in ROOT.glob("**/*.png")}):
@@ -121,6 +151,10 @@ def main(folder=ROOT):
     any_cell = (ROOT / "docs/performance/any_cell.md").read_text().rstrip()
     for name, places in {
         "examples/README.md": {"kinds": table_of_kinds()},
+        "docs/gradient_flow.md": {
+            "advice": table_of_advice(),
+            "verdicts": table_of_verdicts(),
+        },
         "docs/own_cells.md": {"own_cell": table_of_own_cells()},
         "README.md": {
             "at_a_glance": draw_readme.sentences(),

@@ -296,7 +296,7 @@ FAULTS = [
         rnn(activation="linear", gain=2.2),
         {
             "orthogonal": Way(ORTHOGONAL, rnn(activation="linear")),
-            "tanh, orthogonal": Way("activation='tanh'", rnn()),
+            "tanh, orthogonal": Way(None, rnn()),
         },
     ),
     Fault(

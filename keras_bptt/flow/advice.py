@@ -76,13 +76,7 @@ def _of_states(flow):
             "recurrent_initializer='identity', the start of a relu network that neither "
             f"grows nor shrinks: {_largest(flow)}"
         ]
-    found = _of_singular_values(flow)
-    if flow.singular_values is not None and flow.activation != "tanh":
-        found.append(
-            "activation='tanh', whose states stay within 1, in the place of "
-            f"{flow.activation}; with recurrent_initializer='orthogonal'"
-        )
-    return found
+    return _of_singular_values(flow)
 
 
 def _largest(flow):

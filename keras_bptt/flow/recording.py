@@ -12,6 +12,9 @@ from keras_bptt.engine.recurrence import recurrence
 from keras_bptt.layers.observing import observed
 from keras_bptt.runtime.tensors import mapped
 
+# From so many steps on XLA's loops save more than it takes to compile them.
+LONG = 1000
+
 
 class Call(NamedTuple):
     """One call of a layer: what it was given, and what its loss sends back to it."""
@@ -41,8 +44,10 @@ class Recorder:
                 f"eagerly. Received: {layer.name}, called inside a tf.function. Take the "
                 "tf.function, or the tf.map_fn, off the model for the measurement."
             )
-        # Not compiled: for a single run it would not pay.
-        options = options.but(keep_states=True, unroll=False, jit_compile=False)
+        # Compiled where the loops are long: for a single run of others it would not pay.
+        xla = arguments.x.shape[1] >= LONG and layer.jit_compile is not False
+        xla = xla and step.xla_compiles()
+        options = options.but(keep_states=True, unroll=False, jit_compile=xla)
         outputs = recurrence(options, constants, arguments)
         # The output and the state may be one tensor, which would have both cotangents.
         outputs = tf.nest.map_structure(tf.identity, outputs)

@@ -265,7 +265,6 @@ def test_states_that_explode_are_no_gradient_that_does(activation, dtype):
     assert not any("clipnorm" in item for item in flow.advice)
     start = "identity" if activation == "relu" else "orthogonal"
     assert start in flow.advice[0] and "3.6" in flow.advice[0]
-    assert activation == "relu" or "tanh" in flow.advice[1]
     if dtype == "float32":
         assert flow.finite
         W, U, b = (np.float64(w) for w in model.get_layer("rnn").get_weights())
