@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from keras_bptt.engine.composed import every_state
 from keras_bptt.engine.draws import drawn
 from keras_bptt.engine.masks import filler, packing, processing_order, unpadded
 from keras_bptt.engine.recurrence import recurrence
+from keras_bptt.engine.states import states_pass
 from keras_bptt.flow.inside import Watched, watched
 from keras_bptt.flow.lags import Lags, followed
-from keras_bptt.runtime.execution import run as graphed
+from keras_bptt.runtime import execution
 from keras_bptt.runtime.tensors import (
     filled,
     mapped,
@@ -115,7 +115,7 @@ def measured(call, cotangents, scale, loss_steps):
 
         def back(places):
             given = constants, places, packed.e, packed.arguments
-            return graphed(_sent_back, each, *given)
+            return execution.run(_sent_back, each, *given)
 
         return followed(back, packed.of(sent), packed.real, loss_steps, shown)
 
@@ -222,7 +222,7 @@ def _cotangents(options, constants, cotangents, arguments):
         # With windows of one step it is the adjoint.
         single = options.but(truncation=Truncation(1))
         plain = constants._replace(link_factors=None)
-        return graphed(_adjoints, single, plain, cotangents, arguments)
+        return execution.run(_adjoints, single, plain, cotangents, arguments)
     dy, d_states = cotangents
     steps = size_of(arguments.x, 1)
     e = [filled(d[:, None], steps - 1, axis=1) for d in d_states]
@@ -288,21 +288,24 @@ def _of_steps(options, constants, arguments):
     x, _, initial, *_ = arguments
     weights = cell.cast_weights(arguments.weights, initial[0].dtype)
     arguments = arguments._replace(weights=weights)
-    return _Steps(*graphed(_all_steps, options, constants, arguments))
+    return _Steps(*execution.run(_all_steps, options, constants, arguments))
 
 
 def _all_steps(options, constants, arguments):
     cell, (x, weights, initial, *_) = options.cell, arguments
-    after = every_state(options, constants, arguments)
+    mask, noise = constants.mask, constants.noise
+    x = unpadded(x, mask, filler(x, mask))
+    of_steps = mapped(lambda t: t[:, None], noise)
+    numbers = () if constants.draws is None else constants.draws.numbers
+    drive = cell.project(weights, x, (*of_steps, *numbers))
+    static, given = (options, tuple(range(len(initial)))), (initial, drive, mask)
+    how = options.jit_compile
+    _, *after = execution.call(states_pass, static, how, None, weights, noise, *given)
     before = tuple(
         tf.concat([s_0[None], s[:-1]], 0) for s_0, s in zip(initial, after, strict=True)
     )
-    x = unpadded(x, constants.mask, filler(x, constants.mask))
-    draws = constants.draws
-    numbers = () if draws is None else mapped(to_time_major, draws.numbers)
-    drive = cell.project(weights, to_time_major(x), (*constants.noise, *numbers))
     zeros = mapped(tf.zeros_like, before)
-    alone, _ = cell.step(weights, drive, zeros, constants.noise)
+    alone, _ = cell.step(weights, mapped(to_time_major, drive), zeros, noise)
     return x, *(mapped(to_batch_major, tuple(s)) for s in (before, after, alone))
 
 
