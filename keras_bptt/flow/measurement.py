@@ -245,8 +245,9 @@ def _sent_back(options, constants, places, e, arguments):
     A negative place means all losses together.
 
     Returns:
-        Of the delta (places, batch, timesteps), without places where the cell has not one;
-        of each state that a step reads and of all (places, states + 1, batch, timesteps).
+        Of the delta (places, batch, timesteps), or (places, 0) where the cell has none or
+        several; of each state that a step reads and of all of them (places, states + 1,
+        batch, timesteps).
     """
     _, back = linearised(options, constants, arguments)
     shown, cell = options.cell.output, options.cell
@@ -320,12 +321,11 @@ def _inside(call, packed, of_steps):
     noise = mapped(lambda t: tf.repeat(t, steps, axis=0), packed.constants.noise)
     found = call.step.insides(rows(x), *mapped(rows, (before, after)), noise)
 
-    def array(each):
-        values = each.values.numpy()
-        return each._replace(values=values.reshape(batch, steps, *values.shape[1:]))
+    def in_steps(t):
+        return t.numpy().reshape(batch, steps, *t.shape[1:])
 
     return {
-        name: (each.function, array(each).values, each.holds)
+        name: (each.function, in_steps(each.values), each.holds)
         for name, each in found.items()
     }
 
