@@ -218,6 +218,42 @@ def check_lstm(masked):
     np.testing.assert_allclose(flow.state_lag_shares["c"], shares[1], rtol=1e-8)
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+@without_graphs()
+def test_a_loss_that_reads_the_last_cell_state(sequence):
+    """Of masked sequences, whose last real steps differ; beside one of the outputs."""
+    layer = BPTTLSTM(
+        UNITS, return_sequences=sequence, return_state=True, dtype="float64"
+    )
+    inputs = keras.Input((T, D), dtype="float64")
+    h, _, c = layer(keras.layers.Masking(dtype="float64")(inputs))
+    if sequence:
+        h = keras.ops.sum(h, axis=1)
+    together = keras.layers.Concatenate(dtype="float64")([h, 2 * c])
+    model = keras.Model(inputs, together)
+    weights = random_weights(layer)
+    x, y = data(2 * UNITS)
+    x[~MASK] = 0
+    flow = flow_of(model, x, y, loss_steps=T)
+    e_h, e_c = np.split(cotangents(model, x, y), 2, axis=1)
+    given = {"e_h_T": e_h}
+    if sequence:
+        # From the first real step on a masked one shows the state of the one before.
+        shown = np.maximum.accumulate(MASK, axis=1)[..., None]
+        given = {"e": np.where(shown, e_h[:, None], 0.0)}
+        for n, t in np.argwhere(~MASK):
+            before = np.flatnonzero(MASK[n, :t])
+            if len(before):
+                given["e"][n, before[-1]] += given["e"][n, t]
+            given["e"][n, t] = 0
+    d = reference.lstm_gradients(x, *weights, e_c_T=2 * e_c, mask=MASK, **given)
+    for name, theirs in {"h": d.adjoint_h, "c": d.adjoint_c}.items():
+        expected = np.where(MASK, norms(theirs), np.nan)
+        np.testing.assert_allclose(
+            flow.state_adjoint_norms[name], expected, rtol=1e-9, atol=1e-15
+        )
+
+
 @pytest.mark.parametrize("reset_after", [False, True])
 @without_graphs()
 def test_a_gru_equals_the_reference(reset_after):
