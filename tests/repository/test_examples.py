@@ -39,7 +39,7 @@ KEY_LINES = {
     "flowers.py": ["The norm of dL/dU is 0.0", "accuracy, five-fold", "nearest mean"],
     "follow_the_advice.py": [
         "small gain: lag 20, 21 steps",
-        "- recurrent_initializer='orthogonal' (or the identity, with relu",
+        "- recurrent_initializer='orthogonal': sigma_max(U)",
         "advised  healthy",
     ],
     "long_sequences.py": [
