@@ -335,7 +335,12 @@ def test_cells_there_and_back():
     given = {(layer.truncation, layer.checkpoint_every) for layer in found}
     assert given == {(Truncation(T), 2)}
     back = convert(ours, to=layers.RNN)
-    assert back.get_config() == model.get_config()
+
+    def configs(model):  # not of the model, whose masks older versions number anew
+        found = [each for _, each in layers_inside(model)]
+        return [each.get_config() for each in found if isinstance(each, layers.RNN)]
+
+    assert configs(back) == configs(model)
     expected = model.predict(x, verbose=0)
     for copy in (ours, back):
         assert relative_error(copy.predict(x, verbose=0), expected) < SAME
