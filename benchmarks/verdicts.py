@@ -24,7 +24,14 @@ import pathlib
 import keras
 import numpy as np
 
-from keras_bptt import BPTTGRU, BPTTLSTM, BPTTRNN, gradient_flow
+from keras_bptt import (
+    BPTTGRU,
+    BPTTLSTM,
+    BPTTRNN,
+    GRUMemoryBias,
+    LSTMMemoryBias,
+    gradient_flow,
+)
 from keras_bptt.flow.verdict import VANISHED
 
 KEYS, LEARNED = 8, 0.5
@@ -51,17 +58,12 @@ def draw(random):
 
 
 def set_biases(layer, network):
-    """The gates of an LSTM and a GRU; a memory is 1 - 1 / steps of what they hold."""
-    if network["biases"] not in ("0", "memory"):
-        return
-    bias = layer.cell.bias.numpy()
-    units = layer.cell.units
-    gate = np.log(network["steps"] - 1) if network["biases"] == "memory" else 0
-    if network["cell"] == "LSTM":
-        bias[:units], bias[units : 2 * units] = -gate, gate
-    else:
-        bias[0, :units] = gate
-    layer.cell.bias.assign(bias)
+    """Where they are not Keras' own: 0, or for a memory of the sequence."""
+    memory, bias = {"LSTM": LSTMMemoryBias, "GRU": GRUMemoryBias}, layer.cell.bias
+    if network["biases"] == "memory":
+        bias.assign(memory[network["cell"]](network["steps"])(bias.shape))
+    elif network["biases"] == "0":
+        bias.assign(keras.ops.zeros(bias.shape))
 
 
 def build_model(network, seed, args):
